@@ -1,0 +1,7 @@
+"""The mathematics: torch only, pure functions from a matrix and its Hessian to a binary weight."""
+
+from .options import BinarizeOptions
+from .solve import SolveRecord, binarize_and_record, binarize_weight
+from .weight import BinaryWeight
+
+__all__ = ["BinarizeOptions", "BinaryWeight", "SolveRecord", "binarize_and_record", "binarize_weight"]

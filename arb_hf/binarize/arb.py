@@ -1,0 +1,49 @@
+"""ARB: alternating refined binarization (ARB-LLM section 3.2, equations 4-8; ALGORITHM 4.2, 4.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .fit import Fit, binarize_residual, nearest_pair, row_mean
+
+EPSILON = 1e-8
+
+
+def fit(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
+    """Alternate mean, scales and signs of one group. ``member`` is float ``[n, k]``."""
+    return _first_order(values, member, iterations) if order == 1 else _second_order(values, member, iterations)
+
+
+def _first_order(values: Tensor, member: Tensor, iterations: int) -> Fit:
+    count = member.sum(1)
+    start = binarize_residual(values, member, 1)
+    (sign,), (scale,), mean = start.signs, start.rows, start.mean
+    assert mean is not None
+    for _ in range(iterations):
+        error = values - (scale[:, None] * sign + mean[:, None])
+        mean = mean + row_mean(error, member, count)
+        sign = sign * member
+        scale = (sign * (values - mean[:, None])).sum(1) / (sign.square().sum(1) + EPSILON)
+        sign = torch.sign(values - mean[:, None])
+    return Fit((sign,), (scale,), mean)
+
+
+def _second_order(values: Tensor, member: Tensor, iterations: int) -> Fit:
+    count = member.sum(1)
+    start = binarize_residual(values, member, 2)
+    (first, second), (scale1, scale2), mean = start.signs, start.rows, start.mean
+    assert mean is not None
+    for _ in range(iterations):
+        error = values - (scale1[:, None] * first + scale2[:, None] * second + mean[:, None])
+        mean = mean + row_mean(error, member, count)
+        centred = values - mean[:, None]
+        first, second = first * member, second * member
+        scale1 = _projection(first, centred - scale2[:, None] * second)
+        scale2 = _projection(second, centred - scale1[:, None] * first)
+        first, second = nearest_pair(centred, scale1[:, None], scale2[:, None])
+    return Fit((first, second), (scale1, scale2), mean)
+
+
+def _projection(sign: Tensor, target: Tensor) -> Tensor:
+    return (sign * target).sum(1) / (sign.square().sum(1) + EPSILON)

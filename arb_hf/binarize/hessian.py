@@ -1,0 +1,83 @@
+"""The Hessian of a linear layer's output error, and the Cholesky factor of its inverse.
+
+``H = (2 / N) * sum_s X_s^T X_s`` over N calibration sequences, X_s ``[tokens, in_features]`` (the quadratic form of the
+output error, as in GPTQ). Everything here is float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ArbCalibrationError
+
+DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn
+SMALLEST_RETRY = 0.01  # a damping of 0 can only be multiplied from here
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """``upper``: U with ``(H + damping * mean(diag H) * I)^-1 = U^T U``, upper triangular, ``[in, in]``.
+
+    ``dead``: columns no calibration input ever reached, ``[in]``. ``damping``: the relative damping that worked.
+    ``data_free``: no damping made H positive definite (or there was no H); then U is the identity.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+    data_free: bool
+
+
+def output_error(difference: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    """Relative output error ``tr(dW H dW^T) / tr(W H W^T)`` of one layer; 0 for an output that is zero anyway."""
+    lost = ((difference @ hessian) * difference).sum(dtype=torch.float64).item()
+    total = ((weight @ hessian) * weight).sum(dtype=torch.float64).item()
+    return lost / total if total > 0 else 0.0
+
+
+def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.device | None = None) -> HessianFactor:
+    """Dead columns, damping and the factor U of the inverse (ALGORITHM 2.1-2.3).
+
+    A Hessian that stays indefinite under ``damping`` climbs a ladder of stronger dampings; when none helps, the
+    data-free fallback is the identity: every column counts alike and no error is carried on.
+
+    Raises:
+        ArbCalibrationError: H holds NaN or infinite entries, or has another shape than ``[size, size]``.
+    """
+    if hessian is None:
+        return _identity(size, device)
+    if hessian.shape != (size, size):
+        raise ArbCalibrationError(f"the Hessian has shape {list(hessian.shape)}, the weight needs [{size}, {size}]")
+    diagonal = hessian.diagonal()
+    if not torch.isfinite(hessian).all():
+        raise ArbCalibrationError("the Hessian is not finite: calibration inputs hold NaN or infinite values")
+    dead = diagonal == 0
+    mean = torch.where(dead, 1.0, diagonal).mean()
+    for factor in DAMPING_LADDER:
+        relative = damping if factor == 1.0 else max(damping, SMALLEST_RETRY / 10) * factor
+        damped = hessian.clone()
+        damped.diagonal().add_(dead.to(damped.dtype)).add_(relative * mean)
+        upper = _upper_factor_of_inverse(damped)
+        if upper is not None:
+            return HessianFactor(upper, dead, relative, data_free=False)
+    return _identity(size, hessian.device, dead)
+
+
+def _upper_factor_of_inverse(matrix: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if info.item() != 0:
+        return None
+    inverse = torch.cholesky_inverse(lower, out=matrix)
+    upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    if info.item() != 0 or not torch.isfinite(upper).all():
+        return None
+    return upper
+
+
+def _identity(size: int, device: torch.device | None, dead: Tensor | None = None) -> HessianFactor:
+    if dead is None:
+        dead = torch.zeros(size, dtype=torch.bool, device=device)
+    return HessianFactor(torch.eye(size, device=device), dead, damping=0.0, data_free=True)

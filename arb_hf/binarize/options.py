@@ -1,0 +1,31 @@
+"""The choices that shape the mathematics of one matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+METHODS = ("arb-rc", "arb-x", "arb", "billm")
+SALIENT_METRICS = ("hessian", "magnitude")
+REFINEMENTS = ("paper",)
+SCALE_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class BinarizeOptions:
+    """How one weight matrix is binarized. Checked by :class:`arb_hf.ArbConfig`, which documents each field."""
+
+    method: str = "arb-rc"
+    block_size: int = 128
+    column_group_bitmap: bool = True
+    group_bitmap: bool = True
+    iterations: int = 15
+    salient_metric: str = "hessian"
+    max_salient_columns: int = 50
+    damping: float = 0.01
+    refinement: str = "paper"
+    scale_dtype: str = "float16"
+
+    @property
+    def has_column_scales(self) -> bool:
+        """Row and column scales without means (ARB-RC), or row scales and means (the other methods)."""
+        return self.method == "arb-rc"

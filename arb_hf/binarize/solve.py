@@ -1,0 +1,236 @@
+"""One matrix: column blocks left to right, each partitioned, binarized and its error carried on (ALGORITHM 2)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ArbCalibrationError
+from ..form import BinaryForm
+from . import arb, billm, partition, rc, x
+from .fit import Fit, binarize_residual
+from .hessian import HessianFactor, factorize, output_error
+from .options import BinarizeOptions
+from .partition import Partition
+from .weight import BinaryWeight
+
+
+@dataclass(frozen=True)
+class SolveRecord:
+    """What binarizing one matrix did.
+
+    ``output_error``: tr(dW H dW^T) / tr(W H W^T) of the weights as stored; None without a Hessian.
+    ``weight_error``: |dW|^2 / |W|^2. ``damping``: the relative damping used. ``data_free``: no Hessian could be used.
+    ``seconds``: time taken.
+    """
+
+    output_error: float | None
+    weight_error: float
+    damping: float
+    data_free: bool
+    dead_columns: int
+    salient_columns: int
+    bits_per_weight: float
+    seconds: float
+
+
+def binarize_weight(weight: Tensor, hessian: Tensor | None, config: BinarizeOptions) -> BinaryWeight:
+    """Binarize one matrix.
+
+    Args:
+        weight: ``[out, in]``, any floating type; not changed.
+        hessian: ``[in, in]``, ``(2 / N) * sum_s X_s^T X_s`` over N calibration sequences; None binarizes without data.
+        config: an :class:`arb_hf.ArbConfig` or :class:`BinarizeOptions`.
+
+    Returns:
+        The binary weight with float32 scales; packing rounds them to ``scale_dtype``.
+
+    Raises:
+        ArbCalibrationError: weight or Hessian is not finite, or their shapes do not fit.
+    """
+    weight = _checked(weight)
+    factor = factorize(hessian, weight.shape[1], config.damping, weight.device)
+    return solve(weight, hessian, factor, config)
+
+
+def binarize_and_record(
+    weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions
+) -> tuple[BinaryWeight, SolveRecord]:
+    """Like :func:`binarize_weight` with a given factor (linears that share an input share it), and what it did."""
+    start = time.perf_counter()
+    weight = _checked(weight)
+    binary = solve(weight, hessian, factor, options)
+    difference = weight - binary.rounded().dequantize()
+    energy = weight.square().sum(dtype=torch.float64).item()
+    record = SolveRecord(
+        output_error=None if hessian is None else output_error(difference, weight, hessian),
+        weight_error=difference.square().sum(dtype=torch.float64).item() / energy if energy > 0 else 0.0,
+        damping=factor.damping,
+        data_free=factor.data_free,
+        dead_columns=int(factor.dead.sum()),
+        salient_columns=binary.form.salient_columns,
+        bits_per_weight=binary.bits_per_weight(),
+        seconds=time.perf_counter() - start,
+    )
+    return binary, record
+
+
+def _checked(weight: Tensor) -> Tensor:
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ArbCalibrationError(f"a weight matrix has two dimensions, none empty; this one has shape {list(weight.shape)}")
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ArbCalibrationError(f"the weight is not finite: {bad} of {weight.numel()} entries are NaN or infinite")
+    return weight.detach().to(torch.float32)
+
+
+@torch.no_grad()
+def solve(weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions) -> BinaryWeight:
+    """The driver of ALGORITHM 2.4, published form: the error of a whole block goes to the blocks after it."""
+    n, m = weight.shape
+    remaining = weight.clone()
+    remaining[:, factor.dead] = 0
+    diagonal = factor.upper.diagonal()
+    blocks = []
+    for start in range(0, m, options.block_size):
+        columns = slice(start, min(start + options.block_size, m))
+        values = remaining[:, columns]
+        second_moment = _second_moment(hessian, columns, factor)
+        parts = _partition(values, diagonal[columns], second_moment, options)
+        block = _binarize_block(values, parts, second_moment, options)
+        blocks.append(block)
+        if columns.stop < m:
+            error = (values - block.values) / diagonal[columns]
+            remaining[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
+    return _assemble(blocks, n, m, options)
+
+
+def _second_moment(hessian: Tensor | None, columns: slice, factor: HessianFactor) -> Tensor:
+    """S of a block, ``H_raw / 2`` (ALGORITHM 1.4); the identity without data."""
+    if hessian is None or factor.data_free:
+        return torch.eye(columns.stop - columns.start, device=factor.upper.device)
+    return hessian[columns, columns] / 2
+
+
+def _partition(values: Tensor, diagonal: Tensor, second_moment: Tensor, options: BinarizeOptions) -> Partition:
+    metric = partition.saliency(values, diagonal, options.salient_metric)
+    salient = partition.find_salient_columns(metric, options.max_salient_columns)
+    if not options.group_bitmap:
+        return Partition(salient, None)
+    ordinary = ~salient
+    large = torch.zeros_like(values, dtype=torch.bool)
+    plain, chosen = metric[:, ordinary], metric[:, salient]
+    # What the salient columns leave: the same for every threshold, but it counts in the float32 means compared.
+    everywhere = torch.ones_like(chosen)
+    if options.method == "arb-x":
+        rest = chosen - arb.fit(chosen, everywhere, 2, options.iterations).values()
+        error_of = partition.output_error(plain, ordinary, rest, second_moment)
+    else:
+        rest = chosen - binarize_residual(chosen, everywhere, 2).values()
+        error_of = partition.squared_error(plain, 1, rest)
+    thresholds = partition.quantiles(metric.abs() * ordinary)  # the zeros of salient columns count, as published
+    large[:, ordinary] = partition.split(plain, thresholds, error_of, metric)
+    nonzero = chosen[chosen != 0].abs()
+    if options.column_group_bitmap and nonzero.numel():
+        error_of = partition.squared_error(chosen, 2, rest=plain)
+        large[:, salient] = partition.split(chosen, partition.quantiles(nonzero), error_of, metric)
+    return Partition(salient, large)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A binarized block: its partition, the fits of its ordinary and salient groups, and their dense values."""
+
+    parts: Partition
+    ordinary: list[Fit]
+    salient: list[Fit]
+    values: Tensor
+    signs: Tensor
+    second_signs: Tensor
+
+
+def _binarize_block(values: Tensor, parts: Partition, second_moment: Tensor, options: BinarizeOptions) -> _Block:
+    dense, signs = torch.empty_like(values), torch.empty_like(values)
+    fits, second_signs = [], torch.empty(0)
+    for columns, order in ((~parts.salient, 1), (parts.salient, 2)):
+        members = _members(values, parts, columns, grouped=order == 1 or options.column_group_bitmap)
+        group_fits = [_fit_columns(values, member, columns, order, second_moment, options) for member in members]
+        large = members[-1][:, columns]
+        dense[:, columns] = torch.where(large, group_fits[-1].values(), group_fits[0].values())
+        planes = [torch.where(large, group_fits[-1].signs[i], group_fits[0].signs[i]) for i in range(order)]
+        signs[:, columns] = planes[0]
+        second_signs = planes[-1]
+        fits.append(group_fits)
+    return _Block(parts, fits[0], fits[1], dense, signs.to(torch.int8), second_signs.to(torch.int8))
+
+
+def _members(values: Tensor, parts: Partition, columns: Tensor, grouped: bool) -> list[Tensor]:
+    """Masks ``[n, c]`` of the groups among some columns: small then large, or everything."""
+    if parts.large is None or not grouped:
+        return [columns.expand_as(values)]
+    return [columns & ~parts.large, columns & parts.large]
+
+
+def _fit_columns(
+    values: Tensor, member: Tensor, columns: Tensor, order: int, second_moment: Tensor, options: BinarizeOptions
+) -> Fit:
+    """Fit one group on the columns that can hold it; the returned tensors have only those columns."""
+    if options.method == "billm":
+        # Over the whole block's width, as published: bf16 weights bring exact ties, and a sum's order decides them.
+        return billm.fit(values, member.to(values.dtype), order).at_columns(columns)
+    part, member = values[:, columns], member[:, columns].to(values.dtype)
+    if options.method == "arb-rc":
+        return rc.fit(part, member, order, options.iterations)
+    if options.method == "arb-x":
+        return x.fit(part, member, order, options.iterations, second_moment[columns][:, columns])
+    return arb.fit(part, member, order, options.iterations)
+
+
+def _assemble(blocks: list[_Block], n: int, m: int, options: BinarizeOptions) -> BinaryWeight:
+    salient = torch.cat([block.parts.salient for block in blocks])
+    form = BinaryForm(
+        out_features=n,
+        in_features=m,
+        salient_columns=int(salient.sum()),
+        block_size=options.block_size,
+        groups=2 if options.group_bitmap else 1,
+        salient_groups=2 if options.group_bitmap and options.column_group_bitmap else 1,
+        has_column_scales=options.has_column_scales,
+        scale_dtype=options.scale_dtype,
+    )
+    rows = [
+        [fit.rows[0] for fit in block.ordinary]
+        + [row for fit in block.salient for row in fit.rows]
+        + [fit.mean for fit in block.ordinary + block.salient if fit.mean is not None]
+        for block in blocks
+    ]
+    columns, extra = _column_scales(blocks, form) if form.has_column_scales else (None, None)
+    return BinaryWeight(
+        form=form,
+        signs=torch.cat([block.signs for block in blocks], 1),
+        second_signs=torch.cat([block.second_signs for block in blocks], 1),
+        groups=torch.cat([large for block in blocks if (large := block.parts.large) is not None], 1) if form.groups == 2 else None,
+        salient=salient,
+        row_parameters=torch.stack([torch.stack(block) for block in rows]),
+        column_scales=columns,
+        salient_column_scales=extra,
+    )
+
+
+def _column_scales(blocks: list[_Block], form: BinaryForm) -> tuple[Tensor, Tensor | None]:
+    """Column scales by kind: the ordinary groups', and the salient columns' in the places the form gives them."""
+    kept, extra = [], []
+    for block in blocks:
+        salient = block.parts.salient
+        ordinary_scales = torch.stack([fit.columns[0] for fit in block.ordinary if fit.columns is not None])
+        salient_scales = torch.stack([scale for fit in block.salient for scale in fit.columns or ()])
+        columns = torch.empty(form.groups, salient.numel(), device=salient.device)
+        columns[:, ~salient] = ordinary_scales
+        columns[:, salient] = salient_scales[: form.groups]
+        kept.append(columns)
+        extra.append(salient_scales[form.groups :])
+    spilled = torch.cat(extra, 1)
+    return torch.cat(kept, 1), spilled if spilled.shape[0] else None

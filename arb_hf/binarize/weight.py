@@ -1,0 +1,197 @@
+"""`BinaryWeight`: what binarization makes of one matrix, before packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
+
+INT8_LEVELS = 127
+
+
+@dataclass(frozen=True)
+class BinaryWeight:
+    """A binarized matrix ``[n, m]`` in column blocks; all tensors in the original column order.
+
+    An ordinary weight is ``row_g * column_g * sign + mean_g``, a salient one
+    ``row_g1 * column_g1 * sign1 + row_g2 * column_g2 * sign2 + mean_g``, where g is the weight's group
+    (0 small-magnitude, 1 large-magnitude). arb-rc has column scales and no means; the other methods the reverse.
+
+    Attributes:
+        form: shapes, options and slots; see :class:`arb_hf.form.BinaryForm`.
+        signs: int8 ``[n, m]``, first plane: -1, +1, or 0 where the published algorithm leaves a weight exactly on
+            its mean (packing makes it +1).
+        second_signs: int8 ``[n, salient columns]``, second plane, salient columns in ascending order.
+        groups: bool ``[n, m]``, True = large-magnitude, or None with a single group. On salient columns it counts
+            only with the column-group bitmap.
+        salient: bool ``[m]``.
+        row_parameters: float32 ``[blocks, slots, n]``: row scales, then row means.
+        column_scales: float32 ``[groups, m]`` or None. Ordinary columns: scale of each group; salient columns: first
+            and second order of the small salient group (``groups == 1``: first order only).
+        salient_column_scales: float32 ``[2 * salient_groups - groups, salient columns]`` or None: the scales of the
+            salient columns that ``column_scales`` has no room for, in the order of (group, order).
+    """
+
+    form: BinaryForm
+    signs: Tensor
+    second_signs: Tensor
+    groups: Tensor | None
+    salient: Tensor
+    row_parameters: Tensor
+    column_scales: Tensor | None = None
+    salient_column_scales: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)`` of the dense matrix."""
+        return self.form.out_features, self.form.in_features
+
+    def bits_per_weight(self) -> float:
+        """All stored bits (planes, bitmaps, scales, means, indices, padding) over the weights they replace."""
+        return self.form.bits_per_weight()
+
+    def blocks(self) -> Iterator[tuple[int, slice, slice]]:
+        """Per block: its index, its columns, and its salient columns' positions among all salient columns."""
+        done = 0
+        for block, start in enumerate(range(0, self.form.in_features, self.form.block_size)):
+            columns = slice(start, min(start + self.form.block_size, self.form.in_features))
+            count = int(self.salient[columns].sum())
+            yield block, columns, slice(done, done + count)
+            done += count
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense matrix ``[n, m]`` these planes and scales stand for (see :meth:`rounded` for what is stored)."""
+        dense = torch.empty(self.shape, dtype=dtype, device=self.signs.device)
+        for block, columns, salient_columns in self.blocks():
+            salient = self.salient[columns]
+            values = torch.empty(self.signs[:, columns].shape, device=self.signs.device)
+            values[:, ~salient] = self._ordinary_values(block, columns)
+            values[:, salient] = self._salient_values(block, columns, salient_columns)
+            dense[:, columns] = values.to(dtype)
+        return dense
+
+    def _ordinary_values(self, block: int, columns: slice) -> Tensor:
+        ordinary = ~self.salient[columns]
+        signs = self.signs[:, columns][:, ordinary].to(torch.float32)
+        values = [
+            self._level(block, signs, group, self._column_scale(group, columns, ordinary), self.form.mean_slot(group))
+            for group in range(self.form.groups)
+        ]
+        return values[0] if self.groups is None else torch.where(self.groups[:, columns][:, ordinary], *values[::-1])
+
+    def _salient_values(self, block: int, columns: slice, salient_columns: slice) -> Tensor:
+        salient = self.salient[columns]
+        planes = (self.signs[:, columns][:, salient], self.second_signs[:, salient_columns])
+        values = []
+        for group in range(self.form.salient_groups):
+            value = torch.zeros((), device=self.signs.device)
+            for order, plane in enumerate(planes):
+                scale = self.salient_scale(group, order, columns, salient_columns)
+                slot = self.form.salient_scale_slot(group, order)
+                mean = self.form.salient_mean_slot(group) if order == 0 else None
+                value = value + self._level(block, plane.to(torch.float32), slot, scale, mean)
+            values.append(value)
+        if len(values) == 1 or self.groups is None:
+            return values[0]
+        return torch.where(self.groups[:, columns][:, salient], values[1], values[0])
+
+    def _level(self, block: int, signs: Tensor, slot: int, column: Tensor | None, mean_slot: int | None) -> Tensor:
+        value = signs * self.row_parameters[block, slot, :, None]
+        if column is not None:
+            return value * column
+        return value if mean_slot is None else value + self.row_parameters[block, mean_slot, :, None]
+
+    def _column_scale(self, row: int, columns: slice, where: Tensor) -> Tensor | None:
+        return None if self.column_scales is None else self.column_scales[row, columns][where]
+
+    def salient_scale(self, group: int, order: int, columns: slice, salient_columns: slice) -> Tensor | None:
+        """Column scale of a block's salient columns for a group and order, wherever it is kept."""
+        position = 2 * group + order
+        if position < self.form.groups:
+            return self._column_scale(position, columns, self.salient[columns])
+        if self.salient_column_scales is None:
+            return None
+        return self.salient_column_scales[position - self.form.groups, salient_columns]
+
+    def rounded(self) -> BinaryWeight:
+        """The same weight as it will be after packing: scales as stored, zero signs made +1."""
+        weight = self.normalized() if self.form.scale_dtype == "int8" else self
+        return replace(
+            weight,
+            signs=torch.where(self.signs >= 0, 1, -1).to(torch.int8),
+            second_signs=torch.where(self.second_signs >= 0, 1, -1).to(torch.int8),
+            row_parameters=decode_rows(*encode_rows(weight.row_parameters, self.form.scale_dtype)),
+            column_scales=decode_columns(encode_columns(weight.column_scales, self.form.scale_dtype)),
+            salient_column_scales=decode_columns(encode_columns(weight.salient_column_scales, self.form.scale_dtype)),
+        )
+
+    def normalized(self) -> BinaryWeight:
+        """The free factor between row and column scales settled: the largest ``|column scale|`` of each slot is 1.
+
+        Eight-bit column scales need no stored step that way. Without column scales there is nothing to settle.
+        """
+        if self.column_scales is None:
+            return self
+        rows, columns = self.row_parameters.clone(), self.column_scales.clone()
+        extra = None if self.salient_column_scales is None else self.salient_column_scales.clone()
+        settled = replace(self, row_parameters=rows, column_scales=columns, salient_column_scales=extra)
+        for block, span, salient_span in self.blocks():
+            salient = self.salient[span]
+            for group in range(self.form.groups):
+                _settle(rows[block, group], columns[group, span], ~salient)
+            for group in range(self.form.salient_groups):
+                for order in range(2):
+                    row, position = rows[block, self.form.salient_scale_slot(group, order)], 2 * group + order
+                    if position < self.form.groups:
+                        _settle(row, columns[position, span], salient)
+                    elif extra is not None:
+                        _settle(row, extra[position - self.form.groups, salient_span], None)
+        return settled
+
+
+def _settle(row: Tensor, column: Tensor, where: Tensor | None) -> None:
+    """In place: divide the column scales ``where`` by their largest magnitude and multiply the row scales by it."""
+    part = column if where is None else column[where]
+    if part.numel() == 0:
+        return
+    largest = part.abs().max()
+    factor = torch.where(largest > 0, largest, 1.0)
+    row *= factor
+    if where is None:
+        column /= factor
+    else:
+        column[where] = part / factor
+
+
+def encode_rows(rows: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor | None]:
+    """Row parameters ``[blocks, slots, n]`` as stored, and for int8 the float16 absmax ``[blocks, slots]``."""
+    if scale_dtype != "int8":
+        return rows.to(SCALE_DTYPES[scale_dtype]), None
+    absmax = rows.abs().amax(-1).to(ABSMAX_DTYPE)
+    step = absmax.to(torch.float32)[..., None] / INT8_LEVELS
+    codes = (rows / torch.where(step > 0, step, 1.0)).round().clamp(-INT8_LEVELS, INT8_LEVELS)
+    return codes.to(torch.int8), absmax
+
+
+def decode_rows(stored: Tensor, absmax: Tensor | None) -> Tensor:
+    """Inverse of :func:`encode_rows`, in float32: ``code * (absmax / 127)`` for int8."""
+    rows = stored.to(torch.float32)
+    return rows if absmax is None else rows * (absmax.to(torch.float32) / INT8_LEVELS)[..., None]
+
+
+def encode_columns(columns: Tensor | None, scale_dtype: str) -> Tensor | None:
+    """Column scales as stored; for int8 in steps of 1/127, so they must be :meth:`~BinaryWeight.normalized`."""
+    if columns is None or scale_dtype != "int8":
+        return None if columns is None else columns.to(SCALE_DTYPES[scale_dtype])
+    return (columns * INT8_LEVELS).round().to(torch.int8)
+
+
+def decode_columns(stored: Tensor | None) -> Tensor | None:
+    """Inverse of :func:`encode_columns`, in float32."""
+    if stored is None or stored.dtype != torch.int8:
+        return None if stored is None else stored.to(torch.float32)
+    return stored.to(torch.float32) / INT8_LEVELS

@@ -1,0 +1,9 @@
+"""What users catch. Both are ``ValueError``s, so that code unaware of this package still sees an ordinary error."""
+
+
+class ArbFormatError(ValueError):
+    """A packed checkpoint is damaged, inconsistent with its config, or of a format this version does not read."""
+
+
+class ArbCalibrationError(ValueError):
+    """A model cannot be binarized: unusable text, non-finite weights or activations, no decoder layers."""

@@ -1,0 +1,103 @@
+"""The binary matmul, declared once as a torch operator.
+
+``torch.ops.arb_hf.binary_linear(x, ...)`` computes ``x @ W^T`` for any leading dimensions of ``x`` from the packed tensors
+of one layer (:mod:`arb_hf.packing`), in x's dtype, accumulating in float32. The form of the weight is a function of the
+tensors' shapes and ``block_size`` (:func:`form_of`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..form import BinaryForm
+from . import reference
+
+NAMESPACE = "arb_hf"
+# Operator arguments after x, in order; the optional ones are None where a form lacks them.
+REQUIRED = ("weight", "second_plane", "salient_columns", "row_parameters")
+OPTIONAL = ("salient_groups", "row_absmax", "column_scales", "salient_column_scales")
+
+_SCHEMA = (
+    "(Tensor x, "
+    + "".join(f"Tensor {name}, " for name in REQUIRED)
+    + "".join(f"Tensor? {name}, " for name in OPTIONAL)
+    + "int in_features, int salient_count, int block_size) -> Tensor"
+)
+# Row-parameter slots name the form: (slots, column scales?) -> (groups, salient groups).
+_GROUPS = {(3, True): (1, 1), (4, True): (2, 1), (6, True): (2, 2), (5, False): (1, 1), (7, False): (2, 1), (10, False): (2, 2)}
+_SCALE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("binary_linear" + _SCHEMA)
+_library.define("binary_linear_transposed" + _SCHEMA)
+
+
+def form_of(tensors: dict[str, Tensor], in_features: int, salient_count: int, block_size: int) -> BinaryForm:
+    """The form that a layer's packed tensors have."""
+    rows = tensors["row_parameters"]
+    columns = "column_scales" in tensors
+    groups, salient_groups = _GROUPS[(rows.shape[1], columns)]
+    return BinaryForm(
+        out_features=rows.shape[2],
+        in_features=in_features,
+        salient_columns=salient_count,
+        block_size=block_size,
+        groups=groups,
+        salient_groups=salient_groups,
+        has_column_scales=columns,
+        scale_dtype=_SCALE_NAMES[rows.dtype],
+    )
+
+
+def binary_linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
+    """``x @ W^T`` for ``x [..., in_features]``; differentiable with respect to ``x``."""
+    return torch.ops.arb_hf.binary_linear(
+        x,
+        *(tensors[name] for name in REQUIRED),
+        *(tensors.get(name) for name in OPTIONAL),
+        form.in_features,
+        form.salient_columns,
+        form.block_size,
+    )
+
+
+def _run(kernel, x: Tensor, *arguments) -> Tensor:
+    named = dict(zip(REQUIRED + OPTIONAL, arguments, strict=False))
+    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    form = form_of(tensors, *arguments[len(named) :])
+    flat = kernel(x.reshape(-1, x.shape[-1]), tensors, form)
+    return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+
+@torch.library.impl(_library, "binary_linear", "CompositeExplicitAutograd")
+def _linear(x: Tensor, *arguments) -> Tensor:
+    return _run(reference.linear, x, *arguments)
+
+
+@torch.library.impl(_library, "binary_linear_transposed", "CompositeExplicitAutograd")
+def _linear_transposed(gradient: Tensor, *arguments) -> Tensor:
+    return _run(reference.linear_transposed, gradient, *arguments)
+
+
+@torch.library.register_fake("arb_hf::binary_linear", lib=_library)
+def _linear_shape(x: Tensor, weight: Tensor, *_) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+@torch.library.register_fake("arb_hf::binary_linear_transposed", lib=_library)
+def _linear_transposed_shape(gradient: Tensor, *arguments) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], arguments[len(REQUIRED + OPTIONAL)])
+
+
+def _remember(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1 : 1 + len(REQUIRED + OPTIONAL)])
+    ctx.sizes = inputs[1 + len(REQUIRED + OPTIONAL) :]
+
+
+def _backward(ctx, gradient: Tensor):
+    back = torch.ops.arb_hf.binary_linear_transposed(gradient, *ctx.saved_tensors, *ctx.sizes)
+    return (back,) + (None,) * (len(REQUIRED + OPTIONAL) + len(ctx.sizes))
+
+
+torch.library.register_autograd("arb_hf::binary_linear", _backward, setup_context=_remember, lib=_library)

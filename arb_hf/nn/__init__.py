@@ -1,0 +1,5 @@
+"""Binary modules."""
+
+from .linear import BinaryLinear
+
+__all__ = ["BinaryLinear"]

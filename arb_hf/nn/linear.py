@@ -1,0 +1,70 @@
+"""`BinaryLinear`: a linear layer whose weight stays packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..binarize.weight import BinaryWeight
+from ..form import BinaryForm
+from ..kernels import binary_linear
+from ..packing import pack, unpack
+
+
+class BinaryLinear(nn.Module):
+    """Drop-in for :class:`torch.nn.Linear` with a binary weight; its ``state_dict`` is the packed format.
+
+    Args:
+        form: shapes and options of the weight; the tensors are allocated, not filled.
+        bias: whether there is a bias ``[out_features]``.
+        device, dtype: of the allocated tensors; ``dtype`` is the bias's.
+
+    Attributes:
+        in_features, out_features: as those of ``nn.Linear``.
+    """
+
+    def __init__(
+        self,
+        form: BinaryForm,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.form = form
+        self.in_features, self.out_features = form.in_features, form.out_features
+        for name, (shape, kind) in form.tensors().items():
+            self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+        self.register_parameter("bias", _frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None)
+
+    @classmethod
+    def from_binary_weight(cls, binary_weight: BinaryWeight, bias: Tensor | None = None) -> BinaryLinear:
+        """Pack a binary weight (scales are rounded to its ``scale_dtype``) and wrap it."""
+        layer = cls(binary_weight.form, bias is not None, device="meta", dtype=None if bias is None else bias.dtype)
+        packed = pack(binary_weight)
+        if bias is not None:
+            packed["bias"] = bias.detach().clone()
+        layer.load_state_dict(packed, strict=True, assign=True)
+        return layer.requires_grad_(False)
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name, bias apart."""
+        return {name: getattr(self, name) for name in self.form.tensors()}
+
+    def binary_weight(self) -> BinaryWeight:
+        """The weight unpacked, with the scales as stored."""
+        return unpack(self.packed, self.form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features]`` of any floating type -> ``[..., out_features]`` in that type."""
+        out = binary_linear(x, self.packed, self.form)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def extra_repr(self) -> str:
+        bits = self.form.bits_per_weight()
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {bits:.2f} bits"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
