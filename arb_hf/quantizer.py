@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from .calibrate.offload import Placement, offload_folder
 from .calibrate.run import binarize_model, replace_module
 from .checkpoint import check_files, check_values
 from .config import ArbConfig
@@ -25,9 +26,22 @@ class ArbHfQuantizer(HfQuantizer):
     requires_parameters_quantization = False
     quantization_config: ArbConfig
 
+    def __init__(self, quantization_config: ArbConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.placement = Placement()
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             self.quantization_config.check_format_version()
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if self.pre_quantized:
+            return device_map
+        self.placement = Placement(device_map)
+        return self.placement.loading_map()
+
+    def adjust_max_memory(self, max_memory: dict[int | str, Any]) -> dict[int | str, Any]:
+        return max_memory if self.pre_quantized else self.placement.note_memory(max_memory)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -43,8 +57,11 @@ class ArbHfQuantizer(HfQuantizer):
         else:
             config = self.quantization_config
             skip = self.get_modules_to_not_convert(model, config.modules_to_not_convert, add_default_skips=True)
-            setattr(model, "arb_report", binarize_model(model, config, sorted(skip)))  # noqa: B010  (no such field in the class)
+            folder = offload_folder(model) or config.checkpoint_dir
+            report = binarize_model(model, config, sorted(skip), self.placement.execution_device())
+            setattr(model, "arb_report", report)  # noqa: B010  (no such field in the class)
             model.config.quantization_config = self.quantization_config = publishable(config, sorted(skip))
+            self.placement.dispatch(model, folder)
         for module in model.modules():
             if isinstance(module, BinaryLinear):
                 module.requires_grad_(False)

@@ -30,14 +30,13 @@ class _Captured(Exception):
     """The last decoder layer was reached; the head need not run."""
 
 
-def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> list[LayerCalls]:
-    """Run everything before the decoder layers once and note what each layer is called with.
+def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> Iterator[LayerCalls]:
+    """Run everything before the decoder layers once per batch and give what each layer is called with.
 
     The layers themselves are passed over; the first of each class runs once, to see what it returns.
     """
     device = next(model.get_input_embeddings().parameters()).device
     returned: dict[type, Any] = {}
-    calls = []
     for batch in batches:
         hidden: list[Tensor] = []
         arguments: list[tuple[tuple, dict[str, Any]]] = []
@@ -61,8 +60,7 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
                 model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
             except _Captured:
                 pass
-        calls.append(LayerCalls(hidden[0], arguments, batch.attention_mask))
-    return calls
+        yield LayerCalls(hidden[0], arguments, batch.attention_mask)
 
 
 def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:

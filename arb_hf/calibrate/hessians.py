@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class InputGroup:
 
 
 def accumulate(
-    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[LayerCalls], index: int
+    layer: nn.Module, linears: dict[str, nn.Linear], calls: Iterable[LayerCalls], index: int
 ) -> list[InputGroup]:
     """One pass of all batches through the layer; every distinct input of a linear adds to one Hessian."""
     groups: dict[str, InputGroup] = {}  # by the name of its first linear
