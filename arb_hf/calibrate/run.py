@@ -337,7 +337,9 @@ def _pass_on(run: Run, index: int, packed: dict[str, BinaryLinear]) -> None:
     """The next layer's inputs come through the binary weights: dense for one pass, decoded once, then replaced."""
     layer, linears = run.layers[index], run.linears(index)
     for name, module in packed.items():
-        linears[name].weight.data = module.binary_weight().dequantize(linears[name].weight.dtype)
+        dense = module.binary_weight().dequantize(linears[name].weight.dtype)
+        # A new parameter: the loader may still hold the old one, and what is written into its data would stay.
+        linears[name].weight = nn.Parameter(dense, requires_grad=False)
     for call, moved in zip(run.calls, run.batches(index), strict=True):
         hidden = run_layer(layer, moved, index)
         _require_finite(hidden, index)
