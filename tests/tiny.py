@@ -1,4 +1,4 @@
-"""Tiny models and calibration tokens that the tests of whole runs share; also imported by their subprocesses."""
+"""Whole runs on a tiny model, for the tests of offload, resume and several processes and for their subprocesses."""
 
 from __future__ import annotations
 
@@ -7,52 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arb_hf import ArbConfig
+from conftest import llama, token_samples
 
-VOCABULARY = 96
-
-
-def save_model(path: str | os.PathLike, layers: int = 3, dtype: torch.dtype = torch.float32, tied: bool = False) -> None:
-    """A random LLaMA of hidden size 64 in several shards."""
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).to(dtype).save_pretrained(path, max_shard_size="60KB")
+LAYERS = 3
 
 
-def tokens(count: int = 6, length: int = 24, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return list(torch.randint(0, VOCABULARY, (count, length), generator=generator))
+def save_model(path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, layers: int = LAYERS, **options: Any) -> None:
+    """A tiny LLaMA in several shards."""
+    llama(layers, hidden_size=64, **options).to(dtype).save_pretrained(path, max_shard_size="60KB")
 
 
 def config(**options: Any) -> ArbConfig:
-    return ArbConfig(**{"dataset": tokens(), "iterations": 3, "block_size": 32, "max_salient_columns": 6} | options)
+    defaults = {"dataset": token_samples(6, 24), "iterations": 2, "block_size": 32, "max_salient_columns": 6}
+    return ArbConfig(**(defaults | options))
 
 
 def binarize(path: str | os.PathLike, loading: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, quantization_config=config(**options), **(loading or {}))
 
 
-def state(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """What ``model`` is saved as, read back: the same for models in memory and offloaded ones."""
-    from safetensors.torch import load_file
-
+def saved(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """What ``model`` is saved as, read back; the same for a model in memory and one that is offloaded."""
     model.save_pretrained(folder)
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """The same names, types and bits."""
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype, name

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from .. import native
 from ..binarize import SolveRecord, binarize_and_record
 from ..binarize.hessian import factorize
 from ..config import ArbConfig
@@ -159,6 +160,7 @@ def _surroundings(run: Run, report: ArbReport) -> dict[str, Any]:
     machine = {
         "device": device,
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "C library": native.library() is not None,
         "threads": torch.get_num_threads(),
         "processes": run.processes.count,
     }
