@@ -40,7 +40,7 @@ class ArbHfQuantizer(HfQuantizer):
         self.placement = Placement(device_map)
         return self.placement.loading_map()
 
-    def adjust_max_memory(self, max_memory: dict[int | str, Any]) -> dict[int | str, Any]:
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         return max_memory if self.pre_quantized else self.placement.note_memory(max_memory)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:

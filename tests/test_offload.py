@@ -204,4 +204,6 @@ def test_maps_become_loading_maps_and_devices():
     assert list(automatic.note_memory({0: 10, "cpu": 20})) == ["cpu"]
     assert automatic.execution_device() == torch.device("cuda", 0)
     assert Placement("auto", {0: 0, "cpu": 20}).execution_device() == torch.device("cpu")
-    assert Placement({"a": "cpu", "b": "disk", "c": torch.device("cuda", 1)}).execution_device() == torch.device("cuda", 1)
+    assert Placement({"a": "cpu", "b": "disk", "c": torch.device("cuda", 1)}).execution_device() == torch.device(
+        "cuda", 1
+    )

@@ -87,7 +87,9 @@ def test_resumed_run_has_the_same_bits_and_report(dense, expected, finished, tmp
     for each in before["matrices"] + after["matrices"]:
         each.pop("seconds")
     assert after["matrices"] == before["matrices"]
-    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if name.endswith("_proj.weight"))
+    assert not any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if name.endswith("_proj.weight")
+    )
 
 
 def test_other_tensors_that_changed_are_stored_and_restored(dense, tmp_path, monkeypatch):
@@ -126,7 +128,9 @@ def test_another_run_is_refused_with_what_differs(dense, finished, options, mess
 def test_another_model_or_version_is_refused(dense, finished, tmp_path, monkeypatch):
     for file in dense.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    shard = next(path for path in tmp_path.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(path))
+    shard = next(
+        path for path in tmp_path.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(path)
+    )
     tensors = load_file(shard)
     tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
     save_file(tensors, shard, metadata={"format": "pt"})
@@ -147,7 +151,9 @@ def test_threads_decide_bits_so_they_are_compared(dense, finished):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("damage", ["truncated tensors", "flipped bit", "truncated json", "another run's", "no tensors"])
+@pytest.mark.parametrize(
+    "damage", ["truncated tensors", "flipped bit", "truncated json", "another run's", "no tensors"]
+)
 def test_a_damaged_layer_is_binarized_again(dense, expected, finished, tmp_path, caplog, damage):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -251,4 +257,9 @@ def test_without_a_folder_nothing_is_promised(dense, monkeypatch, caplog):
 def test_fingerprint_differences_are_named():
     stored = {"a": 1, "b": {"c": "x" * 64, "d": 2}, "gone": 3}
     now = {"a": 1, "b": {"c": "y" * 64, "d": 4}, "new": 5}
-    assert checkpoint.differences(stored, now) == ["b: c differ", "b: d was 2, now 4", "gone was 3, now None", "new was None, now 5"]
+    assert checkpoint.differences(stored, now) == [
+        "b: c differ",
+        "b: d was 2, now 4",
+        "gone was 3, now None",
+        "new was None, now 5",
+    ]

@@ -16,7 +16,9 @@ from conftest import llama, token_samples
 LAYERS = 3
 
 
-def save_model(path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, layers: int = LAYERS, **options: Any) -> None:
+def save_model(
+    path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, layers: int = LAYERS, **options: Any
+) -> None:
     """A tiny LLaMA in several shards."""
     llama(layers, hidden_size=64, **options).to(dtype).save_pretrained(path, max_shard_size="60KB")
 

@@ -32,7 +32,8 @@ from .offload import stored_tensors
 logger = logging.getLogger(__name__)
 VERSION = 1
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight, in its fingerprint
-NOT_IDENTITY = ("checkpoint_dir", "dataset", "tokenizer", "modules")  # options that tokens stand for, or that say nothing
+# Options that say nothing about the result, or for which the tokens stand.
+NOT_IDENTITY = ("checkpoint_dir", "dataset", "tokenizer", "modules")
 VOLATILE = ("_name_or_path", "transformers_version", "quantization_config", "use_cache")
 MAX_DIFFERENCES = 12
 
@@ -74,7 +75,9 @@ class LayerStore:
                     "Resume with what it was started with, or choose another checkpoint_dir"
                 )
         elif any(self.directory.glob("layer-*")):
-            raise ArbCalibrationError(f"checkpoint_dir {self.directory} holds layers without a manifest; choose another")
+            raise ArbCalibrationError(
+                f"checkpoint_dir {self.directory} holds layers without a manifest; choose another"
+            )
         else:
             with self._written("the manifest"):
                 _write(manifest, json.dumps(identity, indent=1).encode())
@@ -186,21 +189,21 @@ def fingerprint(
     weights: dict[str, Any] = {}
     for name, read in stored_tensors(model):
         inside = name.startswith(prefix + ".")
-        part = ".".join(name.split(".")[: prefix.count(".") + 2]) if inside else name
-        digest = weights.setdefault(part, hashlib.sha256())
+        place = ".".join(name.split(".")[: prefix.count(".") + 2]) if inside else name
+        digest = weights.setdefault(place, hashlib.sha256())
         tensor = read()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         for piece in _sample(tensor):
             digest.update(piece)
     tokens = hashlib.sha256()
     for batch in batches:
-        for tensor in (batch.input_ids, batch.attention_mask):
-            tokens.update(b"none" if tensor is None else f"{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        for part in (batch.input_ids, batch.attention_mask):
+            tokens.update(b"none" if part is None else f"{list(part.shape)}".encode() + as_bytes(part))
     described = {
         "version": VERSION,
         "model": {key: value for key, value in model.config.to_dict().items() if key not in VOLATILE}
         | {"decoder layers": f"{prefix}: {len(modules)}", "attention": model.config._attn_implementation},
-        "weights": {part: digest.hexdigest() for part, digest in weights.items()},
+        "weights": {place: digest.hexdigest() for place, digest in weights.items()},
         "calibration tokens": tokens.hexdigest(),
         "options": {key: value for key, value in config.to_dict().items() if key not in NOT_IDENTITY},
         "kept modules": skip,

@@ -1,7 +1,7 @@
 """Several processes on one run: sequences shared out, Hessians summed, matrices of a decoder layer shared out.
 
-Every process holds the whole model (its mapped pages are shared on one machine) and goes through the same decoder layers
-in step. What is summed or sent is the same bits on every process, so they stay equal.
+Every process holds the whole model (its mapped pages are shared on one machine) and goes through the same decoder
+layers in step. What is summed or sent is the same bits on every process, so they stay equal.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +26,9 @@ Results = dict[str, tuple[BinaryWeight, SolveRecord]]
 Loaded = tuple[dict[str, Tensor], dict[str, Any]] | None
 # A process that ends closes its connections and is noticed at once; this is for one that hangs.
 TIMEOUT = datetime.timedelta(hours=2)
-FACTORIZING, BINARIZING = 4 / 3, 2000.0  # operations: x in_features^3 for a Hessian, x weights for a matrix
+# Cost in floating-point operations: x in_features^3 to factorize a Hessian, x weights to binarize a matrix (half a
+# microsecond each on a core, against 4/3 operations per cube at some tens of GFLOP/s).
+FACTORIZING, BINARIZING = 4 / 3, 20_000.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ class Processes:
         self._talk(dist.all_gather_object, values, value)
         return values
 
-    def sum_groups(self, groups: list[InputGroup], linears: dict[str, nn.Linear], device: torch.device) -> list[InputGroup]:
+    def sum_groups(
+        self, groups: list[InputGroup], linears: dict[str, nn.Linear], device: torch.device
+    ) -> list[InputGroup]:
         """The input groups of all processes, their Hessians summed; every process gets the same."""
         if self.count == 1:
             return groups
@@ -122,7 +126,11 @@ class Processes:
         """Which process binarizes which matrix: the costliest first, each where it is finished earliest."""
         load = [0.0] * self.count
         factorized: list[set[int]] = [set() for _ in groups]
-        matrices = [(linears[name].weight.numel() * BINARIZING, name, i) for i, group in enumerate(groups) for name in group.names]
+        matrices = [
+            (linears[name].weight.numel() * BINARIZING, name, index)
+            for index, group in enumerate(groups)
+            for name in group.names
+        ]
         owners = {}
         for cost, name, group in sorted(matrices, key=lambda each: (-each[0], each[1])):
             factorizing = FACTORIZING * linears[name].in_features ** 3
@@ -149,11 +157,12 @@ class Processes:
     def _broadcast_weight(
         self, local: BinaryWeight | None, description: dict[str, Any], rank: int, device: torch.device
     ) -> BinaryWeight:
-        tensors = {}
+        tensors: dict[str, Any] = dict.fromkeys(description["absent"])
         for name, (shape, dtype) in description["tensors"].items():
-            tensor = torch.empty(shape, dtype=dtype, device=device) if local is None else getattr(local, name).contiguous()
+            mine = None if local is None else getattr(local, name).contiguous()
+            tensor = torch.empty(shape, dtype=dtype, device=device) if mine is None else mine
             tensors[name] = self._broadcast(tensor, rank)
-        return BinaryWeight(description["form"], **tensors) if local is None else replace(local, **tensors)
+        return BinaryWeight(description["form"], **tensors)
 
     def from_leader(self, load: Callable[[], Loaded], device: torch.device) -> Loaded:
         """What the leading process loads (named tensors and a document, or None), on every process."""
@@ -180,15 +189,15 @@ class Processes:
         except (RuntimeError, ConnectionError) as error:
             reason = str(error).partition("\n")[0]
             raise ArbCalibrationError(
-                f"process {self.rank} of {self.count}: another process of this run ended or stopped answering ({reason}). "
-                "Its own message says why"
+                f"process {self.rank} of {self.count}: another process of this run ended or stopped answering "
+                f"({reason}). Its own message says why"
             ) from error
 
 
 def _described(weight: BinaryWeight) -> dict[str, Any]:
     tensors = {each.name: getattr(weight, each.name) for each in fields(weight) if each.name != "form"}
     kept = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items() if tensor is not None}
-    return {"form": weight.form, "tensors": kept}
+    return {"form": weight.form, "tensors": kept, "absent": sorted(tensors.keys() - kept.keys())}
 
 
 def _merged(groupings: list[list[list[str]]]) -> list[list[str]]:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ class Placement:
     """
 
     device_map: dict[str, Any] | str | None = None
-    max_memory: dict[int | str, Any] | None = None
+    max_memory: dict[Any, Any] | None = None
 
     def loading_map(self) -> dict[str, Any] | str | None:
         """The map to load the full-precision model with: the CPU, and the disk where the user asks for it.
@@ -55,13 +55,13 @@ class Placement:
             return {"": "cpu"}
         return {name: "disk" if device == "disk" else "cpu" for name, device in self.device_map.items()}
 
-    def note_memory(self, max_memory: dict[int | str, Any]) -> dict[int | str, Any]:
+    def note_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Keep the devices' memory for the packed model and offer the loader only the CPU's, without limit."""
         self.max_memory = max_memory
         return {"cpu": sys.maxsize}
 
     def execution_device(self) -> torch.device:
-        """Where decoder layers are binarized: the first accelerator the user named or transformers found, or the CPU."""
+        """Where decoder layers are binarized: the first accelerator named by the user or found, or the CPU."""
         if isinstance(self.device_map, dict):
             devices = list(self.device_map.values())
         else:
@@ -79,7 +79,7 @@ class Placement:
         if devices == {"cpu"}:
             return
         if len(devices) == 1 and "disk" not in devices:
-            model.to(_device(next(iter(device_map.values()))))
+            nn.Module.to(model, _device(next(iter(device_map.values()))))
             return
         folder = None
         if "disk" in devices:
@@ -145,8 +145,12 @@ def stored_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, C
         maps = [hook.weights_map for hook in _offload_hooks(child)]
         for name, parameter in child.named_parameters(recurse=False):
             source = next((each for each in maps if parameter.device.type == "meta" and name in each), None)
-            read = functools.partial(getattr, parameter, "data") if source is None else functools.partial(source.__getitem__, name)
-            yield f"{child_name}.{name}" if child_name else name, read
+            full = f"{child_name}.{name}" if child_name else name
+            yield full, functools.partial(_read, parameter, source, name)
+
+
+def _read(parameter: nn.Parameter, source: Mapping[str, Tensor] | None, name: str) -> Tensor:
+    return parameter.data if source is None else source[name]
 
 
 def offload_folder(model: nn.Module) -> str | None:
@@ -162,7 +166,8 @@ def offload_folder(model: nn.Module) -> str | None:
 def _offload_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     hook = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    return [each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload and each.weights_map is not None]
+    aligning = [each for each in hooks if isinstance(each, AlignDevicesHook)]
+    return [each for each in aligning if each.offload and each.weights_map is not None]
 
 
 @contextmanager

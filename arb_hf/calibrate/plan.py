@@ -86,8 +86,9 @@ def make_plan(
 ) -> Plan:
     """The plan of a run of which this process has ``batches``."""
     tokens = sum(batch.input_ids.numel() + 64 for batch in batches)
-    hidden = getattr(model.config.get_text_config(), "hidden_size", None) or model.get_input_embeddings().weight.shape[-1]
-    activations = tokens * hidden * model.dtype.itemsize
+    embedding = next(iter(model.get_input_embeddings().parameters()))
+    hidden = getattr(model.config.get_text_config(), "hidden_size", embedding.shape[-1])
+    activations = int(tokens * hidden * model.dtype.itemsize)
     packed = sum(_packed_bytes(matrix, config) for matrix in matrices)
     layers: dict[int, list[Matrix]] = {}
     for matrix in matrices:

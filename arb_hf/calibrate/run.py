@@ -77,8 +77,8 @@ class Run:
     def how_to_resume(self) -> str:
         if self.config.checkpoint_dir is None:
             return "nothing is kept without checkpoint_dir"
-        done = f"{len(self.store.finished())} of {len(self.layers)} decoder layers are" if self.store else "finished layers are"
-        return f"{done} kept in {self.config.checkpoint_dir}; run the same command again to continue from there"
+        count = f"{len(self.store.finished())} of {len(self.layers)}" if self.store else "the finished"
+        return f"{count} decoder layers are kept in {self.config.checkpoint_dir}; run the same command again to continue from there"
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def _binarize(run: Run, index: int) -> tuple[dict[str, BinaryLinear], list[Matri
     digests = kept_digests(layer, (name.removeprefix(prefix) for name in linears)) if run.store else {}
     run.clock.restart()
     results = _binarize_matrices(run, index, linears)
-    # Here every process has all results, and `layer` is still in full precision with its inputs in `run.batches(index)`.
+    # Here every process has all results, and `layer` is still in full precision; its inputs are `run.batches(index)`.
     packed, records, modules = {}, [], {}
     for name in linears:
         weight, record = results.pop(name)
@@ -262,7 +262,8 @@ def _binarize(run: Run, index: int) -> tuple[dict[str, BinaryLinear], list[Matri
 
     def save() -> None:
         if run.store is not None:
-            tensors = changed_tensors(layer, digests, {name.removeprefix(prefix): each for name, each in packed.items()})
+            inside: dict[str, nn.Module] = {name.removeprefix(prefix): each for name, each in packed.items()}
+            tensors = changed_tensors(layer, digests, inside)
             matrices = [dataclasses.asdict(record) for record in records]
             run.store.save(index, tensors, {"modules": modules, "matrices": matrices, "seconds": run.clock.lap})
 

@@ -99,8 +99,8 @@ def _mapped_file(size: int, directory: str | os.PathLike) -> Tensor:
         mapped = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     except OSError as error:
         raise ArbCalibrationError(
-            f"the calibration activations take {size / 1e9:.2f} GB on disk, which {os.fspath(directory)} has no room for "
-            f"({error.strerror}); free some, set checkpoint_dir to a larger disk, or lower num_samples"
+            f"the calibration activations take {size / 1e9:.2f} GB on disk, and {os.fspath(directory)} has no room for "
+            f"them ({error.strerror}); free some, set checkpoint_dir to a larger disk, or lower num_samples"
         ) from error
     finally:
         os.close(descriptor)

@@ -101,7 +101,10 @@ def binarize(folder: str, iterations: int) -> None:
     start = time.process_time()
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     packed = sum(
-        tensor.nbytes for module in model.modules() if isinstance(module, BinaryLinear) for tensor in module.packed.values()
+        tensor.nbytes
+        for module in model.modules()
+        if isinstance(module, BinaryLinear)
+        for tensor in module.packed.values()
     )
     print(json.dumps({"packed": packed, "cpu_seconds": time.process_time() - start}), flush=True)
 
@@ -158,7 +161,9 @@ def main() -> None:
         return
     if options.quick:
         options.depths, options.hidden = [2, 4, 8], 256
-    print(f"{'layers':>6}{'hidden':>8}{'checkpoint MB':>14}{'packed':>10}{'start':>10}{'anonymous peak':>16}{'file-backed':>14}{'CPU s':>9}")
+    print(
+        f"{'layers':>6}{'hidden':>8}{'checkpoint MB':>14}{'packed':>10}{'start':>10}{'anonymous peak':>16}{'file-backed':>14}{'CPU s':>9}"
+    )
     found = {depth: report(shape(depth, options.hidden), options.iterations) for depth in options.depths}
     if len(found) > 1:
         first, last = found[min(found)], found[max(found)]
