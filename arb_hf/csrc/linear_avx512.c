@@ -14,7 +14,12 @@
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
 /* Rows at once: as many tiles of 16 as keep all sums in registers. */
-enum { TILES = 2 };
+enum { TILES = 4 };
+
+/* Rows ahead that the planes and row parameters are prefetched. */
+enum { AHEAD = 64 };
+
+#define PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
 
 INLINE __m512 load(const void *values, int64_t index, int type, __mmask16 mask) {
     switch (type) {
@@ -159,6 +164,8 @@ INLINE void add_section(const arb_layer *layer, const arb_section *section, cons
         __m512i s[TILES], g[TILES], other[TILES];
         for (int t = 0; t < tiles; t++) {
             const uint32_t *signs = section->signs + row + 16 * t, *groups = section->groups + row + 16 * t;
+            PREFETCH(signs + word * n + AHEAD);
+            if (grouped) PREFETCH(groups + word * n + AHEAD);
             s[t] = load_bits(signs, n, word, section->sign_words, salient ? section->sign_shift : 0, mask);
             if (grouped) g[t] = load_bits(groups, n, word, section->group_words, salient ? section->group_shift : 0, mask);
             if (grouped) other[t] = _mm512_xor_si512(s[t], g[t]);
