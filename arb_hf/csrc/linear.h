@@ -88,6 +88,9 @@ extern const arb_kernels arb_kernels_avx2, arb_kernels_avx512;
 typedef void arb_decode_function(const arb_layer *layer, const arb_plan *plan, const int32_t *order, int64_t block,
                                  int64_t start, int64_t stop, void *out, int type);
 arb_decode_function *arb_decode_of(int isa);
+#ifdef ARB_X86
+arb_decode_function arb_decode_avx512;
+#endif
 
 float arb_half_to_float(uint16_t half);
 float arb_load(const void *values, int64_t index, int type);

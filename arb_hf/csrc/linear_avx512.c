@@ -4,14 +4,10 @@
  * four columns, entry 16 * position + nibble. Sums of four activations have 15 bits, in two tables (high and low seven
  * bits) whose entries a dot product with (128, 128, 128, 128) and (1, 1, 1, 1) adds to 32-bit sums: exact.
  */
-#include "linear.h"
+#include "linear_avx512.h"
 
 #ifdef ARB_X86
-#include <immintrin.h>
 #include <math.h>
-
-#define TARGET ARB_TARGET_AVX512
-#define INLINE static inline __attribute__((always_inline)) TARGET
 
 /* Rows at once: as many tiles of 16 as keep all sums in registers. */
 enum { TILES = 4 };
@@ -20,20 +16,6 @@ enum { TILES = 4 };
 enum { AHEAD = 64 };
 
 #define PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
-
-INLINE __m512 load(const void *values, int64_t index, int type, __mmask16 mask) {
-    switch (type) {
-    case ARB_FLOAT16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)values + index));
-    case ARB_FLOAT32: return _mm512_maskz_loadu_ps(mask, (const float *)values + index);
-    case ARB_INT8: return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, (const int8_t *)values + index)));
-    default: {
-        __m256i bits = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)values + index);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
-    }
-}
-
-INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
 
 TARGET static void reorder(const arb_layer *layer, const void *x, int x_type, float *stored) {
     for (int64_t start = 0; start < layer->columns; start += layer->block_size) {
@@ -125,13 +107,6 @@ TARGET static void build_section(const arb_layer *layer, const arb_section *sect
 TARGET static void build(const arb_layer *layer, const arb_plan *plan, int64_t block, const float *stored, arb_tables *tables) {
     for (int64_t i = plan->first[block]; i < plan->first[block + 1]; i++)
         build_section(layer, plan->section + i, stored, tables + i);
-}
-
-INLINE __m512i load_bits(const uint32_t *plane, int64_t n, int word, int words, int shift, __mmask16 mask) {
-    __m512i low = _mm512_maskz_loadu_epi32(mask, plane + word * n);
-    if (!shift) return low;
-    __m512i high = word + 1 < words ? _mm512_maskz_loadu_epi32(mask, plane + (word + 1) * n) : _mm512_setzero_si512();
-    return _mm512_shrdv_epi32(low, high, _mm512_set1_epi32(shift));
 }
 
 /* Permutation indices of lookup half 0 or 1 of a word, as build_section orders them. */
