@@ -77,7 +77,7 @@ static void store(void *values, int64_t at, const float *from, int64_t count, in
 static const arb_kernels *kernels_of(int isa) {
 #ifdef ARB_X86
     if (isa == ARB_AVX512) return &arb_kernels_avx512;
-    if (0) return &arb_kernels_avx2;
+    if (isa == ARB_AVX2) return &arb_kernels_avx2;
 #endif
     (void)isa;
     return &arb_kernels_plain;

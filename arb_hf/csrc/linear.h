@@ -79,6 +79,7 @@ typedef struct {
 } arb_kernels;
 
 extern const arb_kernels arb_kernels_plain;
+void arb_reorder_plain(const arb_layer *layer, const void *x, int x_type, float *stored);
 #ifdef ARB_X86
 extern const arb_kernels arb_kernels_avx2, arb_kernels_avx512;
 #endif
