@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..binarize.weight import BinaryWeight
 from ..form import BinaryForm
-from ..kernels import binary_linear
+from ..kernels import binary_linear, shortcut_for
+from ..kernels.cpu import Shortcut
 from ..packing import pack, unpack
 
 _SAME_SIZE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -37,6 +38,7 @@ class BinaryLinear(nn.Module):
         super().__init__()
         self.form = form
         self.in_features, self.out_features = form.in_features, form.out_features
+        self._shortcut = Shortcut(form)
         for name, (shape, kind) in form.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.register_parameter("bias", _frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None)
@@ -62,7 +64,7 @@ class BinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` of any floating type -> ``[..., out_features]`` in that type."""
-        out = binary_linear(x, self.packed, self.form)
+        out = self._shortcut(x, self._parameters) if shortcut_for(x) else binary_linear(x, self.packed, self.form)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryLinear:
