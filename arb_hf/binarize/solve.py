@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class SolveRecord:
     seconds: float
 
 
-def binarize_weight(weight: Tensor, hessian: Tensor | None, config: BinarizeOptions) -> BinaryWeight:
+def binarize_weight(weight: Tensor, hessian: Tensor | None, config: Any) -> BinaryWeight:
     """Binarize one matrix.
 
     Args:
@@ -52,8 +53,9 @@ def binarize_weight(weight: Tensor, hessian: Tensor | None, config: BinarizeOpti
         ArbCalibrationError: weight or Hessian is not finite, or their shapes do not fit.
     """
     weight = _checked(weight)
-    factor = factorize(hessian, weight.shape[1], config.damping, weight.device)
-    return solve(weight, hessian, factor, config)
+    options = BinarizeOptions.of(config)
+    factor = factorize(hessian, weight.shape[1], options.damping, weight.device)
+    return solve(weight, hessian, factor, options)
 
 
 def binarize_and_record(
