@@ -106,7 +106,7 @@ def solve(weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options
         blocks.append(block)
         if columns.stop < m:
             error = (values - binarized) / diagonal[columns]
-            remaining[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
+            remaining[:, columns.stop :].addmm_(error, factor.upper[columns, columns.stop :], alpha=-1)
     return _assemble(blocks, n, m, options)
 
 
