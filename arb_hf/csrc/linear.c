@@ -77,7 +77,7 @@ static void store(void *values, int64_t at, const float *from, int64_t count, in
 static const arb_kernels *kernels_of(int isa) {
 #ifdef ARB_X86
     if (isa == ARB_AVX512) return &arb_kernels_avx512;
-    if (0) return &arb_kernels_avx2;
+    if (isa == ARB_AVX2) return &arb_kernels_avx2;
 #endif
     (void)isa;
     return &arb_kernels_plain;
@@ -226,6 +226,37 @@ ARB_EXPORT int arb_linear(const arb_layer *layer, const void *x, int x_type, voi
             store(y, token * n + start, sums + token * padded + start, stop - start, x_type);
     }
     free(scratch);
+    free(plan.first);
+    return 0;
+}
+
+static void stored_order(const arb_layer *layer, int32_t *order) {
+    for (int64_t start = 0; start < layer->columns; start += layer->block_size) {
+        int64_t stop = minimum(start + layer->block_size, layer->columns);
+        for (int salient = 1; salient >= 0; salient--)
+            for (int64_t column = start; column < stop; column++)
+                if ((layer->salient[column / 8] >> column % 8 & 1) == salient) *order++ = (int32_t)column;
+    }
+}
+
+/* out [columns, stop - start], of type bfloat16 or float32 and contiguous: the transpose of rows start .. stop - 1 of the
+ * dense weight, columns in their original order. Returns 0, -1 or -2 as make_plan. */
+ARB_EXPORT int arb_decode(const arb_layer *layer, int64_t start, int64_t stop, void *out, int type, int threads, int isa) {
+    arb_plan plan;
+    int status = make_plan(layer, &plan);
+    if (status) return status;
+    int32_t *order = malloc(layer->columns * sizeof(int32_t));
+    if (!order) {
+        free(plan.first);
+        return -1;
+    }
+    stored_order(layer, order);
+    arb_decode_function *decode = arb_decode_of(isa);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+#endif
+    for (int64_t block = 0; block < plan.blocks; block++) decode(layer, &plan, order, block, start, stop, out, type);
+    free(order);
     free(plan.first);
     return 0;
 }

@@ -79,8 +79,18 @@ typedef struct {
 } arb_kernels;
 
 extern const arb_kernels arb_kernels_plain;
+void arb_reorder_plain(const arb_layer *layer, const void *x, int x_type, float *stored);
 #ifdef ARB_X86
 extern const arb_kernels arb_kernels_avx2, arb_kernels_avx512;
+#endif
+
+/* Dense weights of one block, rows start .. stop - 1: out [columns, stop - start] of type (bfloat16 or float32), column
+ * order[k] from stored column k. */
+typedef void arb_decode_function(const arb_layer *layer, const arb_plan *plan, const int32_t *order, int64_t block,
+                                 int64_t start, int64_t stop, void *out, int type);
+arb_decode_function *arb_decode_of(int isa);
+#ifdef ARB_X86
+arb_decode_function arb_decode_avx512;
 #endif
 
 float arb_half_to_float(uint16_t half);

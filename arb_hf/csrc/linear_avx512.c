@@ -4,31 +4,18 @@
  * four columns, entry 16 * position + nibble. Sums of four activations have 15 bits, in two tables (high and low seven
  * bits) whose entries a dot product with (128, 128, 128, 128) and (1, 1, 1, 1) adds to 32-bit sums: exact.
  */
-#include "linear.h"
+#include "linear_avx512.h"
 
 #ifdef ARB_X86
-#include <immintrin.h>
 #include <math.h>
 
-#define TARGET ARB_TARGET_AVX512
-#define INLINE static inline __attribute__((always_inline)) TARGET
-
 /* Rows at once: as many tiles of 16 as keep all sums in registers. */
-enum { TILES = 2 };
+enum { TILES = 4 };
 
-INLINE __m512 load(const void *values, int64_t index, int type, __mmask16 mask) {
-    switch (type) {
-    case ARB_FLOAT16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)values + index));
-    case ARB_FLOAT32: return _mm512_maskz_loadu_ps(mask, (const float *)values + index);
-    case ARB_INT8: return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, (const int8_t *)values + index)));
-    default: {
-        __m256i bits = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)values + index);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
-    }
-}
+/* Rows ahead that the planes and row parameters are prefetched. */
+enum { AHEAD = 64 };
 
-INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+#define PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
 
 TARGET static void reorder(const arb_layer *layer, const void *x, int x_type, float *stored) {
     for (int64_t start = 0; start < layer->columns; start += layer->block_size) {
@@ -122,13 +109,6 @@ TARGET static void build(const arb_layer *layer, const arb_plan *plan, int64_t b
         build_section(layer, plan->section + i, stored, tables + i);
 }
 
-INLINE __m512i load_bits(const uint32_t *plane, int64_t n, int word, int words, int shift, __mmask16 mask) {
-    __m512i low = _mm512_maskz_loadu_epi32(mask, plane + word * n);
-    if (!shift) return low;
-    __m512i high = word + 1 < words ? _mm512_maskz_loadu_epi32(mask, plane + (word + 1) * n) : _mm512_setzero_si512();
-    return _mm512_shrdv_epi32(low, high, _mm512_set1_epi32(shift));
-}
-
 /* Permutation indices of lookup half 0 or 1 of a word, as build_section orders them. */
 INLINE __m512i indices(__m512i word, int half, int salient) {
     const __m512i nibble = _mm512_set1_epi8(15), position = _mm512_set1_epi32(0x30201000);
@@ -159,6 +139,8 @@ INLINE void add_section(const arb_layer *layer, const arb_section *section, cons
         __m512i s[TILES], g[TILES], other[TILES];
         for (int t = 0; t < tiles; t++) {
             const uint32_t *signs = section->signs + row + 16 * t, *groups = section->groups + row + 16 * t;
+            PREFETCH(signs + word * n + AHEAD);
+            if (grouped) PREFETCH(groups + word * n + AHEAD);
             s[t] = load_bits(signs, n, word, section->sign_words, salient ? section->sign_shift : 0, mask);
             if (grouped) g[t] = load_bits(groups, n, word, section->group_words, salient ? section->group_shift : 0, mask);
             if (grouped) other[t] = _mm512_xor_si512(s[t], g[t]);

@@ -4,7 +4,7 @@
 
 #include "linear.h"
 
-static void reorder(const arb_layer *layer, const void *x, int x_type, float *stored) {
+void arb_reorder_plain(const arb_layer *layer, const void *x, int x_type, float *stored) {
     for (int64_t start = 0; start < layer->columns; start += layer->block_size) {
         int64_t stop = start + layer->block_size < layer->columns ? start + layer->block_size : layer->columns;
         float *to = stored + start;
@@ -108,4 +108,4 @@ static void multiply(const arb_layer *layer, const arb_plan *plan, const arb_tab
     }
 }
 
-const arb_kernels arb_kernels_plain = {reorder, build, multiply};
+const arb_kernels arb_kernels_plain = {arb_reorder_plain, build, multiply};
