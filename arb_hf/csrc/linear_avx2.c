@@ -149,9 +149,9 @@ INLINE void look_up(const __m256i nibbles[8], const int8_t (*table)[2][16], int 
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
         if (i >= count) break;
-        __m256i both = _mm256_loadu_si256((const __m256i *)table[i]);
-        __m256i low = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0x44), nibbles[i]);
-        __m256i high = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0xee), nibbles[i]);
+        const __m128i *entries = (const __m128i *)table[i];
+        __m256i low = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(entries)), nibbles[i]);
+        __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(entries + 1)), nibbles[i]);
         half[0] = _mm256_add_epi16(half[0], _mm256_unpacklo_epi8(low, high));
         half[1] = _mm256_add_epi16(half[1], _mm256_unpackhi_epi8(low, high));
     }
