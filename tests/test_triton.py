@@ -20,8 +20,10 @@ from arb_hf.packing import pack
 from tests.test_kernels import FORMS, activations, random_weight
 torch.set_num_threads(1)
 SCALES = {(33, 131, 64): "int8", (5, 33, 32): "bfloat16", (20, 300, 128): "float32", (40, 280, 256): "float16"}
-for form in FORMS:
+for number, form in enumerate(FORMS):
     for seed, ((n, m, block), scales) in enumerate(SCALES.items()):
+        if seed % 2 != number % 2:
+            continue  # the interpreter is slow: two shapes a form
         weight = random_weight((n, m), block, form, scales, seed, most=(25, 1000, 0, 40)[seed])
         tensors = pack(weight)
         for tokens, dtype in ((2, torch.float32), (5, torch.float32), (6, torch.float16)):
@@ -52,7 +54,10 @@ for kernel in (kernels.vector_kernel, kernels.matrix_kernel, kernels.transposed_
     types |= dict.fromkeys(("row_parameters", "column_scales", "salient_column_scales"), "*fp16")
     names = kernel.fn.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(kernel.fn, signature, {(names.index(name),): value for name, value in constants.items()})
+    # As launched: addresses and sizes that are multiples of 16 let loads go by vectors.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in ("rows", "columns")}
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel.fn, signature, constants, aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
