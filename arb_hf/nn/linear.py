@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from ..form import BinaryForm
 from ..kernels import binary_linear, shortcut_for
 from ..kernels.cpu import Shortcut
 from ..packing import pack, unpack
+
+_SAME_SIZE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 class BinaryLinear(nn.Module):
@@ -62,6 +66,18 @@ class BinaryLinear(nn.Module):
         """``x [..., in_features]`` of any floating type -> ``[..., out_features]`` in that type."""
         out = self._shortcut(x, self._parameters) if shortcut_for(x) else binary_linear(x, self.packed, self.form)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryLinear:
+        """Moves between devices, but no casts: ``model.to(torch.bfloat16)`` must not round stored scales once more."""
+        scales = {name: p for name, p in self._parameters.items() if name in self.form.tensors() and p is not None}
+        scales = {name: p for name, p in scales.items() if p.is_floating_point()}
+        for name, scale in scales.items():  # casts leave integers alone
+            self._parameters[name] = _frozen(scale.data.view(_SAME_SIZE[scale.dtype]))
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            moved = self._parameters[name].data.view(scale.dtype)
+            self._parameters[name] = nn.Parameter(moved, requires_grad=scale.requires_grad)
+        return self
 
     def extra_repr(self) -> str:
         bits = self.form.bits_per_weight()
