@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .binarize import SolveRecord
+from .errors import ArbFormatError
+
+REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,28 @@ class MatrixRecord:
         return flat | flat.pop("solve")
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One quality figure of the packed model.
+
+    Attributes:
+        metric: ``"perplexity"``, ``"acc"`` or ``"acc_norm"``.
+        data: what it was measured on: a data set's name or a file's.
+        protocol: how, in words: ``"40 windows of 512 tokens"``.
+        value: of the packed model.
+        baseline: of the original in full precision by the same protocol, or None.
+    """
+
+    metric: str
+    data: str
+    protocol: str
+    value: float
+    baseline: float | None = None
+
+
 @dataclass
 class ArbReport:
-    """The record of a run, on ``model.arb_report``.
+    """The record of a run, on ``model.arb_report``; kept beside a saved model as ``arb_report.json``.
 
     Attributes:
         config: the options used (``ArbConfig.to_dict()``).
@@ -48,6 +70,7 @@ class ArbReport:
         matrices: a record per binarized matrix.
         stages: seconds spent per stage of the run.
         versions: of the packages that took part.
+        measurements: quality figures, added by :meth:`add`.
     """
 
     config: dict[str, Any]
@@ -57,6 +80,47 @@ class ArbReport:
     matrices: list[MatrixRecord] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     versions: dict[str, str] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ArbReport:
+        """Inverse of :meth:`to_dict`; entries that a newer version added are left out.
+
+        Raises:
+            ArbFormatError: a part is missing or of another kind.
+        """
+        try:
+            return cls(
+                config=dict(data["config"]),
+                model=str(data["model"]),
+                samples=int(data["samples"]),
+                tokens=int(data["tokens"]),
+                matrices=[_matrix(row) for row in data["matrices"]],
+                stages=defaultdict(float, data["stages"]),
+                versions=dict(data["versions"]),
+                measurements=[_known(Measurement, each) for each in data.get("measurements", [])],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArbFormatError(f"not a report of an arb_hf run: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> ArbReport:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ArbFormatError: the file is not such a report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArbFormatError(f"{path}: not JSON ({error})") from error
+        return cls.from_dict(data)
+
+    def add(self, measurement: Measurement) -> None:
+        """Keep a quality figure, instead of an earlier one of the same metric, data and protocol."""
+        key = (measurement.metric, measurement.data, measurement.protocol)
+        self.measurements = [each for each in self.measurements if (each.metric, each.data, each.protocol) != key]
+        self.measurements.append(measurement)
 
     @property
     def bits_per_weight(self) -> float:
@@ -84,6 +148,7 @@ class ArbReport:
             "seconds": self.seconds,
             "stages": dict(self.stages),
             "versions": self.versions,
+            "measurements": [dataclasses.asdict(each) for each in self.measurements],
             "matrices": [each.row() for each in self.matrices],
         }
 
@@ -147,6 +212,15 @@ class ArbReport:
             f"{'all':<28}{len(self.matrices):>6}{'':>16}{self.output_error:>14.4f}{self.bits_per_weight:>13.3f}"
         )
         return "\n".join(lines)
+
+
+def _known(kind: Any, entries: dict[str, Any]) -> Any:
+    """A dataclass from those entries that it has."""
+    return kind(**{each.name: entries[each.name] for each in dataclasses.fields(kind) if each.name in entries})
+
+
+def _matrix(row: dict[str, Any]) -> MatrixRecord:
+    return _known(MatrixRecord, row | {"solve": _known(SolveRecord, row)})
 
 
 def _written(text: str, path: str | os.PathLike | None) -> str:
