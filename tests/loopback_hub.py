@@ -53,7 +53,7 @@ class Fault:
 
 
 class LoopbackHub:
-    """``with LoopbackHub() as hub:`` serves until the block ends. ``hf_writer`` may write to ``me/...``, no one else."""
+    """``with LoopbackHub() as hub:`` serves until the block ends. Only ``hf_writer`` may write, to ``me/...``."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -95,14 +95,18 @@ def check_metadata(card: str) -> list[str]:
     """What the Hub would not accept in a model card's metadata block."""
     match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     if match is None:
-        return ["no metadata block"]
+        return []  # the Hub warns, no more
     data = yaml.safe_load(match[1])
     if not isinstance(data, dict):
         return ["the metadata are not a mapping"]
-    errors = [f"{key} must be a string" for key in ("license", "library_name", "pipeline_tag", "base_model")
-              if key in data and not isinstance(data[key], str)]  # fmt: skip
-    errors += [f"{key} must be a list of strings" for key in ("tags", "datasets", "language")
-               if key in data and not (isinstance(data[key], list) and all(isinstance(x, str) for x in data[key]))]  # fmt: skip
+    strings = {key: data[key] for key in ("license", "library_name", "pipeline_tag", "base_model") if key in data}
+    errors = [f"{key} must be a string" for key, value in strings.items() if not isinstance(value, str)]
+    lists = {key: data[key] for key in ("tags", "datasets", "language") if key in data}
+    errors += [
+        f"{key} must be a list of strings"
+        for key, value in lists.items()
+        if not (isinstance(value, list) and all(isinstance(each, str) for each in value))
+    ]
     if "base_model_relation" in data and (data["base_model_relation"] not in RELATIONS or "base_model" not in data):
         errors.append("base_model_relation needs a base_model and one of the known relations")
     if "base_model" in data and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(data["base_model"])):

@@ -187,7 +187,7 @@ def failures(made, tmp_path_factory):
 @pytest.mark.parametrize("name", FAILURES)
 def test_failed_push_says_why_and_how_to_go_on(failures, name):
     told, folder, hub = failures
-    token, fault, message = FAILURES[name]
+    token, _, message = FAILURES[name]
     first, second = told[name]
     if message is None:  # a cut upload of one file is tried again by huggingface_hub itself
         assert first is None
@@ -211,7 +211,7 @@ def test_push_in_memory_keeps_the_folder_on_failure(packed, tmp_path, monkeypatc
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr("arb_hf.hub.HfApi.create_repo", no_route)
-    with pytest.raises(arb_hf.ArbUploadError, match="broke off .ConnectionError: no route to host") as caught:
+    with pytest.raises(arb_hf.ArbUploadError, match=r"broke off \(ConnectionError: no route to host") as caught:
         arb_hf.push_to_hub(arb_hf.from_pretrained(packed), None, "me/tiny-arb")
     (kept,) = tmp_path.glob("arb_hf-push-*")
     assert str(kept) in str(caught.value)
@@ -220,6 +220,7 @@ def test_push_in_memory_keeps_the_folder_on_failure(packed, tmp_path, monkeypatc
 
 def test_card_tells_what_the_files_hold(made, packed):
     model, _ = made
+    assert check_metadata((packed / "README.md").read_text()) == []
     card = ModelCard.load(packed / "README.md")
     data = card.data.to_dict()
     assert data["base_model"] == "me/tiny"
