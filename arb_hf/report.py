@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,7 @@ class ArbReport:
     @property
     def output_error(self) -> float:
         """Mean relative output error of the matrices that have one."""
-        errors = [each.solve.output_error for each in self.matrices if each.solve.output_error is not None]
-        return sum(errors) / len(errors) if errors else 0.0
+        return _mean_error(self.matrices)
 
     @property
     def seconds(self) -> float:
@@ -172,11 +172,7 @@ class ArbReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("report.plot() needs matplotlib: pip install 'arb_hf[plot]'") from error
-        figure = Figure(figsize=(9, 6), layout="constrained")
+        figure = _figure()
         errors, bits = figure.subplots(2, 1, sharex=True)
         for kind, records in self.by_kind().items():
             layers = [each.layer for each in records]
@@ -199,6 +195,10 @@ class ArbReport:
             kinds.setdefault(record.kind, []).append(record)
         return kinds
 
+    def errors_by_kind(self) -> dict[str, float]:
+        """Mean relative output error by kind of matrix; 0 for a kind that has none."""
+        return {kind: _mean_error(records) for kind, records in self.by_kind().items()}
+
     def table(self) -> str:
         """A table by kind of matrix: count, shape, mean output error, bits per weight."""
         lines = [f"{'kind':<28}{'count':>6}{'shape':>16}{'output error':>14}{'bits/weight':>13}"]
@@ -212,6 +212,53 @@ class ArbReport:
             f"{'all':<28}{len(self.matrices):>6}{'':>16}{self.output_error:>14.4f}{self.bits_per_weight:>13.3f}"
         )
         return "\n".join(lines)
+
+
+def plot_comparison(reports: Mapping[str, ArbReport], path: str | os.PathLike) -> None:
+    """Mean output error by decoder layer and by kind of matrix, a colour per run, to an image file.
+
+    Args:
+        reports: the runs by the names to draw them under.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure()
+    layers, kinds = figure.subplots(2, 1)
+    names = list(dict.fromkeys(kind for report in reports.values() for kind in report.by_kind()))
+    width = 0.8 / len(reports)
+    for index, (label, report) in enumerate(reports.items()):
+        by_layer: dict[int, list[MatrixRecord]] = defaultdict(list)
+        for record in report.matrices:
+            by_layer[record.layer].append(record)
+        text = f"{label}: {report.config['method']}, {report.bits_per_weight:.2f} bits per weight"
+        layers.plot(list(by_layer), [_mean_error(each) for each in by_layer.values()], marker=".", label=text)
+        by_kind = report.by_kind()
+        kinds.bar(
+            [position + index * width for position in range(len(names))],
+            [_mean_error(by_kind.get(name, [])) for name in names],
+            width,
+        )
+    layers.set(xlabel="decoder layer", ylabel="mean relative output error")
+    layers.legend(fontsize="small")
+    kinds.set(ylabel="mean relative output error")
+    kinds.set_xticks([position + 0.4 - width / 2 for position in range(len(names))], names, fontsize="small")
+    for axes in (layers, kinds):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'arb_hf[plot]'") from error
+    return Figure(figsize=(9, 6), layout="constrained")
+
+
+def _mean_error(records: Sequence[MatrixRecord]) -> float:
+    errors = [each.solve.output_error for each in records if each.solve.output_error is not None]
+    return sum(errors) / len(errors) if errors else 0.0
 
 
 def _known(kind: Any, entries: dict[str, Any]) -> Any:
