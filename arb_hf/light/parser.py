@@ -176,7 +176,7 @@ COMMANDS: dict[str, tuple[str, str, Add]] = {
     "evaluate": (
         "measure perplexity and zero-shot accuracy",
         "  arb-hf evaluate ./smol-arb --text wikitext2\n"
-        "  arb-hf evaluate ./smol-arb --text wiki.test.raw --eval-length 512 --eval-windows 40 --baseline ./smol --save\n"
+        "  arb-hf evaluate ./smol-arb --text my.txt --eval-length 512 --baseline ./smol --save\n"
         "  arb-hf evaluate ./smol-arb --items arc_easy.jsonl piqa.jsonl --max-items 200 --json",
         _evaluate,
     ),
