@@ -1,0 +1,66 @@
+"""The C searches and updates (``csrc/search.c``, ``csrc/updates.c``), for float32 CPU tensors where the library is."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import native
+from .fit import Fit
+
+
+def usable(values: Tensor) -> bool:
+    """Whether the C library is there and can work on this tensor."""
+    return values.device.type == "cpu" and values.dtype == torch.float32 and native.library() is not None
+
+
+def salient_errors(ranked: Tensor, candidates: int) -> Tensor:
+    """See :func:`arb_hf.binarize.search.salient_errors`."""
+    errors = torch.empty(candidates, dtype=torch.float64)
+    ranked = ranked.contiguous()
+    _call("arb_salient_errors", ranked, *ranked.shape, candidates, native.isa(), errors)
+    return errors
+
+
+def split_errors(metric: Tensor, thresholds: Tensor, order: int) -> Tensor:
+    """See :func:`arb_hf.binarize.search.split_errors`."""
+    errors = torch.empty(thresholds.numel(), dtype=torch.float64)
+    metric, thresholds = metric.contiguous(), thresholds.contiguous()
+    _call("arb_split_errors", metric, *metric.shape, thresholds, thresholds.numel(), order, native.isa(), errors)
+    return errors
+
+
+def sort_magnitudes(values: Tensor) -> Tensor:
+    """Non-negative values ``[k]`` in ascending order."""
+    ordered = values.clone()
+    _call("arb_sort_magnitudes", ordered, ordered.numel(), torch.empty_like(ordered))
+    return ordered
+
+
+def fit_means(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
+    """See :func:`arb_hf.binarize.arb.fit`."""
+    n, k = values.shape
+    values, member = values.contiguous(), member.contiguous()
+    signs, rows, mean = values.new_empty(order, n, k), values.new_empty(order, n), values.new_empty(n)
+    _call("arb_fit_means", values, member, n, k, order, iterations, native.isa(), signs, rows, mean)
+    return Fit(signs.unbind(), rows.unbind(), mean)
+
+
+def fit_scales(values: Tensor, member: Tensor, iterations: int) -> Fit:
+    """See :func:`arb_hf.binarize.rc.fit`; second order."""
+    n, k = values.shape
+    values, member = values.contiguous(), member.contiguous()
+    signs, rows, columns = values.new_empty(2, n, k), values.new_empty(2, n), values.new_empty(2, k)
+    _call("arb_fit_scales", values, member, n, k, iterations, native.isa(), signs, rows, columns)
+    return Fit(signs.unbind(), rows.unbind(), columns=columns.unbind())
+
+
+def _call(name: str, *arguments: Tensor | int) -> None:
+    """Tensors go as pointers, ints as int64; a result other than 0 is a lack of memory."""
+    function = getattr(native.require(), name)
+    function.restype = ctypes.c_int
+    raw = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments]
+    if function(*raw) != 0:
+        raise MemoryError(f"{name} found no memory for its work space")
