@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_model import byte_tokens, save_byte_model
 from huggingface_hub import ModelCard
 from loopback_hub import CUT, READER, WRITER, Fault, LoopbackHub, check_metadata
 from safetensors.torch import load_file
-from tiny_model import save_tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
@@ -26,9 +26,9 @@ BASE_CARD = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# The original\n"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A tiny model, binarized, with its tokenizer."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("made") / "tiny")
+    folder = save_byte_model(tmp_path_factory.mktemp("made") / "tiny")
     (folder / "README.md").write_text(BASE_CARD)
-    config = arb_hf.ArbConfig(dataset=tiny_tokens(), num_samples=4, block_size=32, iterations=2)
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), num_samples=4, block_size=32, iterations=2)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     model.arb_report.add(Measurement("perplexity", "wikitext2", "3 windows of 32 tokens", 300.25, 250.5))
     return model, AutoTokenizer.from_pretrained(folder)
@@ -247,7 +247,7 @@ def test_card_without_a_report_and_without_measurements(made, packed):
 
 def test_card_of_a_dense_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no model packed by arb_hf"):
-        model_card(save_tiny_model(tmp_path / "dense"))
+        model_card(save_byte_model(tmp_path / "dense"))
     with pytest.raises(ValueError, match="no model packed"):
         arb_hf.push_folder(tmp_path / "dense", "me/dense")
 
@@ -294,7 +294,7 @@ def test_a_measurement_replaces_its_earlier_self():
 
 
 def test_save_pretrained_of_a_dense_model_is_refused(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "dense"))
+    model = AutoModelForCausalLM.from_pretrained(save_byte_model(tmp_path / "dense"))
     with pytest.raises(ValueError, match="no binary layers"):
         arb_hf.save_pretrained(model, None, tmp_path / "out")
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_model import save_tiny_model, tiny_tokens
+from byte_model import byte_tokens, save_byte_model
 from transformers import AutoModelForCausalLM
 
 import arb_hf
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("lora") / "dense")
-    config = arb_hf.ArbConfig(dataset=tiny_tokens(), num_samples=4, block_size=32, iterations=2)
+    folder = save_byte_model(tmp_path_factory.mktemp("lora") / "dense")
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), num_samples=4, block_size=32, iterations=2)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     arb_hf.save_pretrained(model, None, folder.parent / "packed")
     return folder.parent / "packed"
@@ -32,7 +32,7 @@ def model(packed):
 
 def train(model, parameters, steps=8, rate=1e-2):
     """Losses of a few steps on one batch."""
-    ids = tiny_tokens(2, 24, seed=1)
+    ids = byte_tokens(2, 24, seed=1)
     optimizer = torch.optim.Adam(parameters, lr=rate)
     losses = []
     model.train()
@@ -48,7 +48,7 @@ def train(model, parameters, steps=8, rate=1e-2):
 
 def logits(model):
     with torch.no_grad():
-        return model(tiny_tokens(1, 16, seed=2)).logits
+        return model(byte_tokens(1, 16, seed=2)).logits
 
 
 def trainable(model):
@@ -162,7 +162,7 @@ def test_int8_scales_are_refused():
 
 
 def test_a_dense_model_is_refused(tmp_path):
-    dense = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "dense"))
+    dense = AutoModelForCausalLM.from_pretrained(save_byte_model(tmp_path / "dense"))
     with pytest.raises(ValueError, match="no binary layers"):
         lora.lora_config(dense)
     with pytest.raises(ValueError, match="no binary layers"):
