@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -41,13 +42,7 @@ def packed(made, tmp_path):
     return folder
 
 
-@pytest.fixture
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-def client(hub, home, code, token=WRITER, check=True):
+def client(hub, home, code, token=WRITER):
     """Run code in a fresh process that knows only the loopback Hub."""
     done = subprocess.run(
         [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + textwrap.dedent(code)],
@@ -56,30 +51,85 @@ def client(hub, home, code, token=WRITER, check=True):
         text=True,
         timeout=300,
     )
-    assert not check or done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
-def test_push_then_load_in_a_fresh_process(made, packed, hub, tmp_path):
+FAILURES = {  # repository -> token, what the Hub answers to which request, and what the message must say
+    "wrong-token": ("hf_wrong", None, "refused the token (401)"),
+    "no-token": (False, None, "refused the token (401)"),
+    "read-token": (READER, None, "may not write to me/read-token (403)"),
+    "gone": (WRITER, ("commit/main", 404), "knows no me/gone (404)"),
+    "raced": (WRITER, ("commit/main", 409), "(409)"),
+    "broken": (WRITER, ("commit/main", 500), "the Hub failed (500)"),
+    "cut": (WRITER, ("commit/main", CUT), "broke off"),
+    "forbidden": (WRITER, ("preupload", 403), "may not write to me/forbidden (403)"),
+    "retried": (WRITER, None, None),
+}
+
+
+@dataclasses.dataclass
+class Published:
+    """What one fresh process pushed, and what it said."""
+
+    hub: LoopbackHub
+    folder: Path
+    told: dict[str, list[str | None]]
+    output: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="module")
+def published(made, tmp_path_factory):
+    """Every push of these tests, in one fresh process: each failure (and the same push again), then what must work."""
+    tmp_path = tmp_path_factory.mktemp("published")
+    folder, temporary = tmp_path / "tiny-arb", tmp_path / "temporary"
+    temporary.mkdir()
+    arb_hf.save_pretrained(*made, folder, base_model="me/tiny")
+    tokens = {name: token for name, (token, _, _) in FAILURES.items()}
+    with LoopbackHub() as hub:
+        hub.faults = [Fault("PUT /lfs/", CUT)] + [
+            Fault(f"me/{name}/{fault[0]}", fault[1]) for name, (_, fault, _) in FAILURES.items() if fault is not None
+        ]
+        output = client(
+            hub,
+            tmp_path / "home",
+            f"""
+            import json, os, tempfile
+            import arb_hf
+            from huggingface_hub import HfApi, ModelCard
+            tempfile.tempdir, folder = {str(temporary)!r}, {str(folder)!r}
+            told = {{}}
+            for name, token in {tokens!r}.items():
+                told[name] = []
+                for attempt in range(2):
+                    try:
+                        arb_hf.push_folder(folder, "me/" + name, token=token)
+                        told[name].append(None)
+                    except arb_hf.ArbUploadError as error:
+                        told[name].append(str(error))
+            told["tiny-arb"] = [arb_hf.push_folder(folder, "me/tiny-arb").commit_url]
+            ModelCard.load("me/tiny-arb").validate()
+            try:
+                ModelCard("---\\nbase_model_relation: nonsense\\n---\\n").validate()
+                raise AssertionError("the validator accepts anything")
+            except ValueError:
+                pass
+            model = arb_hf.from_pretrained(folder)
+            arb_hf.push_to_hub(model, None, "memory", private=True, commit_message="mine", revision="v1")
+            assert not os.listdir(tempfile.tempdir)
+            arb_hf.push_folder(folder, "me/memory", create_pr=True, commit_message="better")
+            HfApi().upload_file(path_or_fileobj=b"# By a person", path_in_repo="README.md", repo_id="me/memory")
+            arb_hf.push_folder(folder, "me/memory")
+            print(json.dumps(told))
+            """,
+        )
+        yield Published(hub, folder, json.loads(output.stdout.splitlines()[-1]), output)
+
+
+def test_push_then_load_in_a_fresh_process(made, published, tmp_path):
     model, _ = made
-    done = client(
-        hub,
-        tmp_path / "home",
-        f"""
-        import arb_hf
-        from huggingface_hub import ModelCard
-        print(arb_hf.push_folder({str(packed)!r}, "me/tiny-arb").commit_url)
-        ModelCard.load("me/tiny-arb").validate()
-        try:
-            ModelCard("---\\nbase_model_relation: nonsense\\n---\\n").validate()
-        except ValueError:
-            pass
-        else:
-            raise AssertionError("the validator accepts anything")
-        """,
-    )
-    assert f"{hub.url}/me/tiny-arb/commit/" in done.stdout
-    assert [line for line in hub.requests if line == "POST /api/validate-yaml"]
+    hub = published.hub
+    assert published.told["tiny-arb"][0].startswith(f"{hub.url}/me/tiny-arb/commit/")
     repository = hub.repositories["me/tiny-arb"]
     assert set(repository.files("main")) >= {
         "model.safetensors", "config.json", "tokenizer.json", "README.md", "arb_report.json", "arb_report.png"
@@ -87,7 +137,7 @@ def test_push_then_load_in_a_fresh_process(made, packed, hub, tmp_path):
     assert repository.messages == ["initial commit", "Upload a model packed by arb_hf"]
     client(
         hub,
-        tmp_path / "other_home",
+        tmp_path / "home",
         f"""
         import arb_hf
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,90 +158,41 @@ def test_push_then_load_in_a_fresh_process(made, packed, hub, tmp_path):
         torch.testing.assert_close(model(stored["ids"]).logits, stored["logits"], rtol=0, atol=0)
 
 
-def test_push_of_a_model_in_memory_and_pull_request_and_foreign_readme(packed, hub, tmp_path):
-    (tmp_path / "temporary").mkdir()
-    done = client(
-        hub,
-        tmp_path / "home",
-        f"""
-        import arb_hf, os, tempfile
-        from huggingface_hub import HfApi
-        tempfile.tempdir = {str(tmp_path / "temporary")!r}
-        model = arb_hf.from_pretrained({str(packed)!r})
-        arb_hf.push_to_hub(model, None, "tiny-arb", private=True, commit_message="mine", revision="v1")
-        assert not os.listdir(tempfile.tempdir)
-        arb_hf.push_folder({str(packed)!r}, "me/tiny-arb", create_pr=True, commit_message="better")
-        HfApi().upload_file(path_or_fileobj=b"# By a person", path_in_repo="README.md", repo_id="me/tiny-arb")
-        arb_hf.push_folder({str(packed)!r}, "me/tiny-arb")
-        """,
-    )
-    repository = hub.repositories["me/tiny-arb"]
+def test_card_is_validated_by_the_hub(published):
+    assert published.hub.requests.count("POST /api/validate-yaml") > 2
+
+
+def test_push_of_a_model_in_memory(published):
+    repository = published.hub.repositories["me/memory"]
     assert repository.private
     assert repository.messages[1] == "mine"
     assert "model.safetensors" in repository.files("v1")
     card = repository.files("v1")["README.md"].decode()
-    assert 'from_pretrained("me/tiny-arb")' in card
+    assert 'from_pretrained("me/memory")' in card
     assert "300.25" in card  # the report came along from the folder that the model was loaded from
+
+
+def test_pull_request(published):
+    repository = published.hub.repositories["me/memory"]
     assert repository.pull_requests == 1
-    assert repository.files("main")["README.md"] == b"# By a person"
-    assert "model.safetensors" in repository.files("main")
-    assert "README.md that arb_hf did not write" in done.stderr
+    assert "model.safetensors" in repository.files("refs/pr/1")
 
 
-FAILURES = {  # repository -> token, what the Hub answers to which request, and what the message must say
-    "wrong-token": ("hf_wrong", None, "refused the token (401)"),
-    "no-token": (False, None, "refused the token (401)"),
-    "read-token": (READER, None, "may not write to me/read-token (403)"),
-    "gone": (WRITER, ("commit/main", 404), "knows no me/gone (404)"),
-    "raced": (WRITER, ("commit/main", 409), "(409)"),
-    "broken": (WRITER, ("commit/main", 500), "the Hub failed (500)"),
-    "cut": (WRITER, ("commit/main", CUT), "broke off"),
-    "forbidden": (WRITER, ("preupload", 403), "may not write to me/forbidden (403)"),
-    "retried": (WRITER, None, None),
-}
-
-
-@pytest.fixture(scope="module")
-def failures(made, tmp_path_factory):
-    """Every failure, tried in one fresh process, and after it the same push again: name -> (message, then)."""
-    tmp_path = tmp_path_factory.mktemp("failures")
-    folder = tmp_path / "tiny-arb"
-    arb_hf.save_pretrained(*made, folder, base_model="me/tiny")
-    tokens = {name: token for name, (token, _, _) in FAILURES.items()}
-    with LoopbackHub() as hub:
-        hub.faults = [
-            Fault(f"me/{name}/{fault[0]}", fault[1]) for name, (_, fault, _) in FAILURES.items() if fault is not None
-        ]
-        hub.faults.append(Fault("PUT /lfs/", CUT))
-        done = client(
-            hub,
-            tmp_path / "home",
-            f"""
-            import json, arb_hf
-            told = {{}}
-            for name, token in {tokens!r}.items():
-                told[name] = []
-                for attempt in range(2):
-                    try:
-                        arb_hf.push_folder({str(folder)!r}, "me/" + name, token=token)
-                        told[name].append(None)
-                    except arb_hf.ArbUploadError as error:
-                        told[name].append(str(error))
-            print(json.dumps(told))
-            """,
-            token=None,
-        )
-        yield json.loads(done.stdout.splitlines()[-1]), folder, hub
+def test_readme_of_a_person_in_the_repository_is_kept(published):
+    files = published.hub.repositories["me/memory"].files("main")
+    assert files["README.md"] == b"# By a person"
+    assert "model.safetensors" in files
+    assert "README.md that arb_hf did not write" in published.output.stderr
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failed_push_says_why_and_how_to_go_on(failures, name):
-    told, folder, hub = failures
+def test_failed_push_says_why_and_how_to_go_on(published, name):
+    hub, folder = published.hub, published.folder
     token, _, message = FAILURES[name]
-    first, second = told[name]
+    first, second = published.told[name]
     if message is None:  # a cut upload of one file is tried again by huggingface_hub itself
         assert first is None
-        assert hub.faults[-1].times == 0
+        assert hub.faults[0].times == 0
     else:
         assert message in first
         assert f"Nothing is lost: the model is whole in {folder}. Go on with: arb-hf push {folder} me/{name}" in first
@@ -200,8 +201,8 @@ def test_failed_push_says_why_and_how_to_go_on(failures, name):
         assert "model.safetensors" in hub.repositories[f"me/{name}"].files("main")
 
 
-def test_failed_pushes_leave_the_folder_whole(failures):
-    arb_hf.from_pretrained(failures[1])
+def test_failed_pushes_leave_the_folder_whole(published):
+    arb_hf.from_pretrained(published.folder)
 
 
 def test_push_in_memory_keeps_the_folder_on_failure(packed, tmp_path, monkeypatch):
