@@ -10,12 +10,13 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -32,9 +33,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 Said = tuple[dict[str, Any], str]
 
 
+def run(args: argparse.Namespace) -> Said:
+    """The command that was asked for."""
+    commands = {each.__name__: each for each in (quantize, evaluate, compare, push, export)}
+    with _progress():
+        return commands[args.command](args)
+
+
 def quantize(args: argparse.Namespace) -> Said:
     """``arb-hf quantize``: everything that can be refused is refused before the model is loaded."""
-    _log_progress()
     options = {name.removeprefix("config."): value for name, value in vars(args).items() if name.startswith("config.")}
     dtype, out = _dtype(args), Path(args.out)
     try:
@@ -68,7 +75,6 @@ def quantize(args: argparse.Namespace) -> Said:
 
 def evaluate(args: argparse.Namespace) -> Said:
     """``arb-hf evaluate``: the same items and windows for the model and its baseline."""
-    _log_progress()
     dtype = _dtype(args)
     if not args.text and not args.items:
         args.usage_error("nothing to measure: pass --text or --items")
@@ -122,7 +128,6 @@ def compare(args: argparse.Namespace) -> Said:
 
 def push(args: argparse.Namespace) -> Said:
     """``arb-hf push``."""
-    _log_progress()
     commit = push_folder(
         args.folder,
         args.repo_id,
@@ -138,8 +143,8 @@ def push(args: argparse.Namespace) -> Said:
 
 def export(args: argparse.Namespace) -> Said:
     """``arb-hf export``: says what is lost."""
-    _log_progress()
-    model = from_pretrained(args.model, dtype=torch.float32)
+    with _naming(args.model):
+        model = from_pretrained(args.model, dtype=torch.float32)
     tokenizer = _tokenizer(args.model)
     if args.to == "dense":
         result = export_dense(model, tokenizer, args.out, _dtype(args))
@@ -160,19 +165,28 @@ def lm_eval(argv: Sequence[str]) -> int:
     return 0
 
 
-def _log_progress() -> None:
+@contextmanager
+def _progress() -> Iterator[None]:
     """Bars on a terminal; elsewhere (a log file) dated lines, since a bar would be one endless line there."""
     if sys.stderr.isatty():
+        yield
         return
+    ours, handler = logging.getLogger("arb_hf"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level, bars, hub_bars = ours.level, transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    ours = logging.getLogger("arb_hf")
-    if not ours.handlers:
-        ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -184,7 +198,17 @@ def _dtype(args: argparse.Namespace) -> Any:
 def _load(model: str, dtype: Any, device_map: str | None, **kwargs: Any) -> PreTrainedModel:
     if device_map is not None:
         kwargs["device_map"] = device_map
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **kwargs)
+    with _naming(model):
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **kwargs)
+
+
+@contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Errors of loading that name what was asked for: transformers' own do not always."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{model} does not load: {error}") from error
 
 
 def _tokenizer(model: str) -> Any:

@@ -80,22 +80,26 @@ def export_gguf(
                 raise ValueError(f"{name} does not have the form Q1_0: {reason}. Export it as auto, f16 or f32")
     places = _places(gguf, architecture.name, model)
     writer = gguf.GGUFWriter(str(path), architecture.name, use_temp_file=True)
-    _add_config(writer, config, Path(model.name_or_path).name)
-    _add_vocabulary(writer, gguf, tokenizer, vocabulary, pre_tokenizer or architecture.pre_tokenizer)
     counts: dict[str, int] = {}
     rounding = Rounding()
-    for name, tensor in _tensors(model):
-        if architecture.interleaved:
-            tensor = _interleaved(name, tensor, config)
-        is_binary = name.removesuffix(".weight") in binary
-        written, kept = _add_tensor(writer, gguf, places[name], tensor, kind, is_binary)
-        if is_binary:
-            counts[written] = counts.get(written, 0) + 1
-            rounding.add(tensor, kept)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        _add_config(writer, config, Path(model.name_or_path).name)
+        _add_vocabulary(writer, gguf, tokenizer, vocabulary, pre_tokenizer or architecture.pre_tokenizer)
+        for name, tensor in _tensors(model):
+            if architecture.interleaved:
+                tensor = _interleaved(name, tensor, config)
+            is_binary = name.removesuffix(".weight") in binary
+            written, kept = _add_tensor(writer, gguf, places[name], tensor, kind, is_binary)
+            if is_binary:
+                counts[written] = counts.get(written, 0) + 1
+                rounding.add(tensor, kept)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+        if writer.temp_file is not None:
+            writer.temp_file.close()
     return Exported(str(path), Path(path).stat().st_size, counts, rounding.relative())
 
 

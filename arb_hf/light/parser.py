@@ -31,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def execute(args: argparse.Namespace) -> int:
     """Do what parsed arguments ask for. What is asked for goes to stdout, everything else to stderr."""
     try:
-        result, text = _inspect(args) if args.command == "inspect" else _run(args)
+        if args.command == "inspect":
+            result, text = _inspect(args)
+        else:
+            result, text = importlib.import_module("arb_hf.cli").run(args)
     except KeyboardInterrupt:
         print("arb-hf: interrupted", file=sys.stderr)
         return 130
@@ -43,10 +46,6 @@ def execute(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:  # one process of several speaks
         print(json.dumps(result, indent=2) if args.json else text)
     return 0
-
-
-def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    return getattr(importlib.import_module("arb_hf.cli"), args.command)(args)
 
 
 def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
