@@ -44,7 +44,10 @@ def execute(args: argparse.Namespace) -> int:
         print(f"arb-hf: error: {error}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", "0")) == 0:  # one process of several speaks
-        print(json.dumps(result, indent=2) if args.json else text)
+        try:
+            print(json.dumps(result, indent=2) if args.json else text, flush=True)
+        except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
