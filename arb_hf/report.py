@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from .binarize import SolveRecord
+from .coverage import Coverage
 
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """One binarized matrix: its full name, decoder layer, kind (the name within the layer), shape and result."""
+    """One binarized matrix: its full name, decoder layer, kind (the name within the layer), shape and result.
+
+    ``tokens``: calibration tokens that reached it. ``borrowed``: share of its Hessian that stands for tokens of the
+    layer's other experts, because too few reached this one.
+    """
 
     name: str
     layer: int
@@ -26,6 +31,8 @@ class MatrixRecord:
     in_features: int
     bits: int
     solve: SolveRecord
+    tokens: int = 0
+    borrowed: float = 0.0
 
     @property
     def weights(self) -> int:
@@ -46,6 +53,7 @@ class ArbReport:
         model: name or path of the original model.
         samples, tokens: calibration sequences and their tokens, padding apart.
         matrices: a record per binarized matrix.
+        coverage: what was binarized and what was kept, and why.
         stages: seconds spent per stage of the run.
         versions: of the packages that took part.
     """
@@ -57,6 +65,7 @@ class ArbReport:
     matrices: list[MatrixRecord] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     versions: dict[str, str] = field(default_factory=dict)
+    coverage: Coverage | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -68,6 +77,11 @@ class ArbReport:
         """Mean relative output error of the matrices that have one."""
         errors = [each.solve.output_error for each in self.matrices if each.solve.output_error is not None]
         return sum(errors) / len(errors) if errors else 0.0
+
+    @property
+    def starved(self) -> list[MatrixRecord]:
+        """Matrices of experts that too few calibration tokens reached: they borrowed from the others' tokens."""
+        return [each for each in self.matrices if each.borrowed > 0]
 
     @property
     def seconds(self) -> float:
@@ -84,6 +98,8 @@ class ArbReport:
             "seconds": self.seconds,
             "stages": dict(self.stages),
             "versions": self.versions,
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
+            "starved": len(self.starved),
             "matrices": [each.row() for each in self.matrices],
         }
 
