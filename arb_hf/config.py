@@ -210,7 +210,7 @@ class ArbConfig(QuantizationConfigMixin):
         Raises:
             ArbCalibrationError: two equally specific overrides cover the module.
         """
-        common = BinarizeOptions(**{option: getattr(self, option) for option in PER_MODULE})
+        common = BinarizeOptions.of(self)
         pattern = None if name is None or not self.overrides else select(self.overrides, name)
         if pattern is None:
             return common
