@@ -70,8 +70,12 @@ def _require_decoder(model: PreTrainedModel) -> None:
         raise ArbCalibrationError(f"{kind} is an encoder-decoder model; {advice}")
     if not model.can_generate():
         raise ArbCalibrationError(f"{kind} does not generate text; {advice}: load it with AutoModelForCausalLM")
-    if getattr(config, "is_decoder", True) is False:
+    # GPT-NeoX's config says False too, but its attention is causal.
+    causal = any(getattr(module, "is_causal", None) is True for module in model.modules())
+    if getattr(config, "is_decoder", True) is False and not causal:
         raise ArbCalibrationError(f"{kind} is an encoder (config.is_decoder is False); {advice}")
+    if getattr(config, "add_cross_attention", False):
+        raise ArbCalibrationError(f"{kind} attends to an encoder (config.add_cross_attention); {advice}")
 
 
 def survey(
@@ -125,8 +129,8 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, tuple[int, int], bool]]:
         for number in range(stacks.count):
             yield from ((f"{number}.{name}", stacks.shape(name), True) for name in stacks.names)
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() < 2 or name in stacked:
-            continue
+        if parameter.numel() == parameter.shape[-1:].numel() or name in stacked or name.endswith("bias"):
+            continue  # a vector, whatever its shape
         shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
         if name == "weight" and is_plain_linear(module):
             yield "", shape[::-1] if isinstance(module, Conv1D) else shape, True
