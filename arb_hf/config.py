@@ -154,7 +154,9 @@ class ArbConfig(QuantizationConfigMixin):
             return
         for pattern, options in self.overrides.items():
             if not isinstance(pattern, str) or not pattern:
-                raise ValueError(f"ArbConfig: the override {pattern!r} is no pattern: a glob over module names is needed")
+                raise ValueError(
+                    f"ArbConfig: the override {pattern!r} is no pattern: a glob over module names is needed"
+                )
             if options is not None:
                 self._check_options(f"overrides[{pattern!r}]", options, PER_MODULE)
         self.overrides = {pattern: None if each is None else dict(each) for pattern, each in self.overrides.items()}

@@ -91,7 +91,9 @@ def test_family(results, family):
     assert loaded[family] == "ok"
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "jamba", "qwen3_next"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "jamba", "qwen3_next"]
+)
 def test_experts_of_mixtures_are_binary(results, family):
     coverage = results[0][family][0]
     experts = [each for each in coverage.matrices if ".experts." in each.name]

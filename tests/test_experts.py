@@ -295,7 +295,9 @@ def test_an_expert_that_saw_no_token_is_sound(family, tmp_path):
         assert record.solve.output_error is not None
         assert not record.solve.data_free
     shares = sum(each.bits for each in unseen) / sum(each.weights for each in unseen)
-    assert shares == pytest.approx(sum(model.get_submodule(e.name).form.bits() for e in unseen) / sum(e.weights for e in unseen))
+    assert shares == pytest.approx(
+        sum(model.get_submodule(e.name).form.bits() for e in unseen) / sum(e.weights for e in unseen)
+    )
 
 
 def test_what_is_on_disk_is_packed(tmp_path):

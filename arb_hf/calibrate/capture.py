@@ -78,7 +78,9 @@ class _Recorder:
     def __call__(self, index: int, layer: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         args, kwargs, states = _split_hidden(layer, args, kwargs)
         if index in self.arguments:
-            raise ArbCalibrationError(f"{self.model} calls decoder layer {index} several times in one pass: unsupported")
+            raise ArbCalibrationError(
+                f"{self.model} calls decoder layer {index} several times in one pass: unsupported"
+            )
         if self.hidden is None:
             self.hidden = states
         elif states is not self.hidden and not torch.equal(states, self.hidden):
@@ -116,7 +118,9 @@ def _split_hidden(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
         return args[1:], kwargs, args[0]
     name = next((name for name in HIDDEN_NAMES if name in kwargs), None)
     if name is None:
-        raise ArbCalibrationError(f"{type(layer).__name__} is called with {sorted(kwargs)}: which are the hidden states?")
+        raise ArbCalibrationError(
+            f"{type(layer).__name__} is called with {sorted(kwargs)}: which are the hidden states?"
+        )
     return (), kwargs, kwargs.pop(name)
 
 

@@ -170,8 +170,9 @@ def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[La
                 each(*args)
         showing = False
 
-    with _hooks((linear, lend) for linear in starved), _hooks(
-        (expert, functools.partial(show, hungry)) for experts, hungry in lists if hungry for expert in experts
+    with (
+        _hooks((linear, lend) for linear in starved),
+        _hooks((expert, functools.partial(show, hungry)) for experts, hungry in lists if hungry for expert in experts),
     ):
         for call in calls:
             if not any(_hungry(group) for group in starved.values()):

@@ -17,11 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import logging as transformers_logging
 from transformers.quantizers.base import HfQuantizer
 
-import arb_hf
 from arb_hf import ArbConfig
 from arb_hf.calibrate.decoder import find_decoder_layers, survey
 from arb_hf.coverage import Coverage
@@ -77,7 +82,9 @@ SMALL = {
 }
 
 _TEXT = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-_TEXT |= {key: SMALL[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")}
+_TEXT |= {
+    key: SMALL[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+}
 _VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _VISION |= {"image_size": 16, "patch_size": 8}
 _MAMBA2 = {"mamba_chunk_size": 16}
@@ -213,7 +220,12 @@ def binarize(family: str, dense: Path, packed: Path) -> PreTrainedModel:
     """Save a tiny model to ``dense``, binarize it from there, save it to ``packed``, return it."""
     tiny_model(family).save_pretrained(dense)
     config = ArbConfig(
-        dataset=tokens(6, 24), iterations=1, block_size=64, max_salient_columns=4, minimum_coverage=0.8, scale_dtype="float32"
+        dataset=tokens(6, 24),
+        iterations=1,
+        block_size=64,
+        max_salient_columns=4,
+        minimum_coverage=0.8,
+        scale_dtype="float32",
     )
     model = auto_class(family).from_pretrained(dense, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(packed)
@@ -224,7 +236,9 @@ def binarize(family: str, dense: Path, packed: Path) -> PreTrainedModel:
 def outputs(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Logits, and tokens generated greedily with a cache."""
     ids = tokens(1, 9)
-    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    generated = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
     return model(input_ids=ids).logits, generated
 
 
@@ -259,7 +273,9 @@ def row(family: str, quick: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types; all by default")
-    parser.add_argument("--quick", action="store_true", help="coverage of the tiny models instead of the published sizes")
+    parser.add_argument(
+        "--quick", action="store_true", help="coverage of the tiny models instead of the published sizes"
+    )
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

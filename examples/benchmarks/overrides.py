@@ -24,12 +24,13 @@ KEPT_BITS = 16
 def settings(last: int) -> dict[str, dict | None]:
     """Overrides by name; None binarizes nothing."""
     ends = ("model.layers.0", f"model.layers.{last}")
+    finer = {name: {"block_size": 64} for name in ends}
     return {
         "full precision": None,
         "all layers alike": {},
         "first and last layer kept": dict.fromkeys(ends),
-        "first and last layer in blocks of 64": dict.fromkeys(ends, {"block_size": 64}),
-        "the others with one group (fewer bits)": {"*": {"group_bitmap": False}} | dict.fromkeys(ends, {"block_size": 64}),
+        "first and last layer in blocks of 64": finer,
+        "the same, the others with one group": {"*": {"group_bitmap": False}} | finer,
     }
 
 
