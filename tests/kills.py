@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 import tiny
+import torch
 
 from arb_hf.calibrate import checkpoint  # isort: skip
 

@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import tiny
 import torch
+from kills import finish, forked
 from safetensors.torch import save_file
 
-import tiny
 from arb_hf import ArbCalibrationError
-from arb_hf.calibrate import run
-from kills import finish, forked
+from arb_hf.calibrate import matrices, run
 
 FOLDER = Path(sys.argv[1])
 
@@ -49,7 +49,7 @@ def play(scene: str, count: int = 2, checkpoint: str | None = None, victim: int 
         os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
         os.environ.update({name: str(value) for name, value in variables.items()}, RANK=str(rank), LOCAL_RANK=str(rank))
         if rank == victim:
-            setattr(run, *{"die": ("binarize_layer", die), "fail": ("_binarize_group", fail)}[how])
+            setattr(*{"die": (run, "binarize_layer", die), "fail": (matrices, "binarize_group", fail)}[how])
         try:
             model = tiny.binarize(FOLDER / "model", checkpoint_dir=checkpoint and FOLDER / checkpoint)
             save_file(model.state_dict(), folder / "model.safetensors")  # save_pretrained writes on the first rank only

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import tiny
 from arb_hf import ArbCalibrationError
 from arb_hf.binarize import BinarizeOptions, binarize_weight
 from arb_hf.calibrate.distributed import Processes, _described, _merged

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from arb_hf import kernels
 from arb_hf.binarize import BinarizeOptions, binarize_weight
+
 from arb_hf.kernels import OPTIONAL, REQUIRED
 from arb_hf.nn import BinaryLinear
 
@@ -16,6 +18,16 @@ FORMS = [
         ("arb-rc", "arb-x"), ((True, True), (True, False), (False, False)), ("float16", "int8")
     )
 ]
+
+
+@pytest.fixture(autouse=True)
+def reference_kernel(monkeypatch):
+    """What the module promises, over the reference; tests/test_kernels.py holds the other kernels to it."""
+    monkeypatch.setenv("ARB_HF_KERNEL", "reference")
+    kernels.kernel_for.cache_clear()
+    yield
+    monkeypatch.undo()
+    kernels.kernel_for.cache_clear()
 
 
 def layer_and_weight(options: BinarizeOptions, n: int = 37, m: int = 200, bias: bool = False):
@@ -90,3 +102,13 @@ def test_binary_weight_comes_back():
     layer, weight, _ = layer_and_weight(FORMS[0])
     assert torch.equal(layer.binary_weight().dequantize(), weight)
     assert f"{layer.form.bits_per_weight():.2f} bits" in repr(layer)
+
+
+def test_casting_a_model_leaves_stored_scales_alone():
+    layer, _, _ = layer_and_weight(FORMS[0], bias=True)
+    before = {name: tensor.clone() for name, tensor in layer.packed.items()}
+    for moved in (nn.Sequential(layer).to(torch.bfloat16)[0], layer.half(), layer.double()):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in moved.packed.items())
+        assert {name: t.dtype for name, t in moved.packed.items()} == {name: t.dtype for name, t in before.items()}
+    assert layer.bias.dtype == torch.float64
+    assert layer.to("meta").row_parameters.dtype == torch.float16

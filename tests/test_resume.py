@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from conftest import token_samples
 from safetensors.torch import load_file, save_file
 
-import tiny
 from arb_hf import ArbCalibrationError
 from arb_hf.calibrate import checkpoint, run
-from conftest import token_samples
 
 TESTS = Path(__file__).parent
 
@@ -75,11 +75,11 @@ def test_resumed_run_has_the_same_bits_and_report(dense, expected, finished, tmp
             tiny.binarize(dense, checkpoint_dir=folder)
     solved = []
 
-    def count(this, index, linears, original=run._binarize_matrices):
+    def count(layer, linears, calls, index, *rest, original=run.binarize_matrices):
         solved.append(index)
-        return original(this, index, linears)
+        return original(layer, linears, calls, index, *rest)
 
-    monkeypatch.setattr(run, "_binarize_matrices", count)
+    monkeypatch.setattr(run, "binarize_matrices", count)
     model = tiny.binarize(dense, checkpoint_dir=folder)
     assert solved == list(range(layers, tiny.LAYERS))
     tiny.assert_equal(tiny.saved(model, tmp_path / "saved"), expected)
@@ -95,13 +95,13 @@ def test_resumed_run_has_the_same_bits_and_report(dense, expected, finished, tmp
 def test_other_tensors_that_changed_are_stored_and_restored(dense, tmp_path, monkeypatch):
     """A step that also changes a norm leaves its trace in the checkpoint; what did not change is not stored."""
 
-    def change_a_norm(this, index, linears, original=run._binarize_matrices):
-        results = original(this, index, linears)
-        this.layers[index].input_layernorm.weight.add_(0.25)
+    def change_a_norm(layer, *rest, original=run.binarize_matrices):
+        results = original(layer, *rest)
+        layer.input_layernorm.weight.add_(0.25)
         return results
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_binarize_matrices", change_a_norm)
+        patch.setattr(run, "binarize_matrices", change_a_norm)
         changed = tiny.binarize(dense, checkpoint_dir=tmp_path / "checkpoint")
     stored = load_file(tmp_path / "checkpoint" / "layer-00001.safetensors")
     assert "input_layernorm.weight" in stored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import native
 from .fit import Fit, nearest_pair
 
 EPSILON = 1e-8
@@ -12,6 +13,8 @@ EPSILON = 1e-8
 
 def fit(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
     """Alternate row and column scales of one group. ``member`` is float ``[n, k]``."""
+    if order == 2 and native.usable(values):
+        return native.fit_scales(values, member, iterations)
     return _first_order(values, member, iterations) if order == 1 else _second_order(values, member, iterations)
 
 
@@ -50,7 +53,9 @@ def _second_order(values: Tensor, member: Tensor, iterations: int) -> Fit:
     for _ in range(2):
         row, column, sign = _start(residual, member)
         residual = residual - torch.outer(row, column) * sign
-        rows.append(row), columns.append(column), signs.append(sign)
+        rows.append(row)
+        columns.append(column)
+        signs.append(sign)
     for _ in range(iterations):
         for i in range(2):
             other = torch.outer(rows[1 - i], columns[1 - i]) * signs[1 - i]

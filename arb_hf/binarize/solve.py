@@ -82,7 +82,9 @@ def binarize_and_record(
 
 def _checked(weight: Tensor) -> Tensor:
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ArbCalibrationError(f"a weight matrix has two dimensions, none empty; this one has shape {list(weight.shape)}")
+        raise ArbCalibrationError(
+            f"a weight matrix has two dimensions, none empty; this one has shape {list(weight.shape)}"
+        )
     if not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise ArbCalibrationError(f"the weight is not finite: {bad} of {weight.numel()} entries are NaN or infinite")
@@ -102,11 +104,11 @@ def solve(weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options
         values = remaining[:, columns]
         second_moment = _second_moment(hessian, columns, factor)
         parts = _partition(values, diagonal[columns], second_moment, options)
-        block = _binarize_block(values, parts, second_moment, options)
+        block, binarized = _binarize_block(values, parts, second_moment, options)
         blocks.append(block)
         if columns.stop < m:
-            error = (values - block.values) / diagonal[columns]
-            remaining[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
+            error = (values - binarized) / diagonal[columns]
+            remaining[:, columns.stop :].addmm_(error, factor.upper[columns, columns.stop :], alpha=-1)
     return _assemble(blocks, n, m, options)
 
 
@@ -142,17 +144,19 @@ def _partition(values: Tensor, diagonal: Tensor, second_moment: Tensor, options:
 
 @dataclass(frozen=True)
 class _Block:
-    """A binarized block: its partition, the fits of its ordinary and salient groups, and their dense values."""
+    """A binarized block: its partition, the scales of its ordinary and salient groups, and the sign planes."""
 
     parts: Partition
     ordinary: list[Fit]
     salient: list[Fit]
-    values: Tensor
     signs: Tensor
     second_signs: Tensor
 
 
-def _binarize_block(values: Tensor, parts: Partition, second_moment: Tensor, options: BinarizeOptions) -> _Block:
+def _binarize_block(
+    values: Tensor, parts: Partition, second_moment: Tensor, options: BinarizeOptions
+) -> tuple[_Block, Tensor]:
+    """The block, and its dense values."""
     dense, signs = torch.empty_like(values), torch.empty_like(values)
     fits, second_signs = [], torch.empty(0)
     for columns, order in ((~parts.salient, 1), (parts.salient, 2)):
@@ -163,8 +167,8 @@ def _binarize_block(values: Tensor, parts: Partition, second_moment: Tensor, opt
         planes = [torch.where(large, group_fits[-1].signs[i], group_fits[0].signs[i]) for i in range(order)]
         signs[:, columns] = planes[0]
         second_signs = planes[-1]
-        fits.append(group_fits)
-    return _Block(parts, fits[0], fits[1], dense, signs.to(torch.int8), second_signs.to(torch.int8))
+        fits.append([fit.scales() for fit in group_fits])
+    return _Block(parts, fits[0], fits[1], signs.to(torch.int8), second_signs.to(torch.int8)), dense
 
 
 def _members(values: Tensor, parts: Partition, columns: Tensor, grouped: bool) -> list[Tensor]:
@@ -212,7 +216,9 @@ def _assemble(blocks: list[_Block], n: int, m: int, options: BinarizeOptions) ->
         form=form,
         signs=torch.cat([block.signs for block in blocks], 1),
         second_signs=torch.cat([block.second_signs for block in blocks], 1),
-        groups=torch.cat([large for block in blocks if (large := block.parts.large) is not None], 1) if form.groups == 2 else None,
+        groups=torch.cat([large for block in blocks if (large := block.parts.large) is not None], 1)
+        if form.groups == 2
+        else None,
         salient=salient,
         row_parameters=torch.stack([torch.stack(block) for block in rows]),
         column_scales=columns,

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ..binarize import BinaryWeight, SolveRecord
 from ..errors import ArbCalibrationError
-from .hessians import InputGroup
+from .capture import LayerCalls
+from .hessians import InputGroup, Moment
 
 T = TypeVar("T")
-Results = dict[str, tuple[BinaryWeight, SolveRecord]]
+Results = dict[str, tuple[BinaryWeight, SolveRecord, InputGroup]]
 Loaded = tuple[dict[str, Tensor], dict[str, Any]] | None
 # A process that ends closes its connections and is noticed at once; this is for one that hangs.
 TIMEOUT = datetime.timedelta(hours=2)
@@ -100,27 +101,35 @@ class Processes:
         self._talk(dist.all_gather_object, values, value)
         return values
 
-    def sum_groups(
-        self, groups: list[InputGroup], linears: dict[str, nn.Linear], device: torch.device
-    ) -> list[InputGroup]:
+    def sum_groups(self, groups: list[InputGroup], calls: list[LayerCalls], device: torch.device) -> list[InputGroup]:
         """The input groups of all processes, their Hessians summed; every process gets the same."""
         if self.count == 1:
             return groups
         mine = {name: group for group in groups for name in group.names}
-        structure = [InputGroup(group.names, None) for group in groups]
+        theirs = self.gather(
+            ([(group.names, group.inputs) for group in groups], sum(len(each.hidden) for each in calls))
+        )
+        inputs = {names[0]: size for structure, _ in theirs for names, size in structure}
+        sequences = sum(count for _, count in theirs)
         summed = []
-        for names in _merged([[group.names for group in each] for each in self.gather(structure)]):
-            local = next((mine[name] for name in names if name in mine and mine[name].total is not None), None)
-            size = linears[names[0]].in_features
-            total = None if local is None else local.total
-            if total is None:
-                total = torch.zeros(size, size, device=device)
-            counts = torch.tensor([0 if local is None else local.sequences], device=device)
-            self._talk(dist.all_reduce, total)
-            self._talk(dist.all_reduce, counts)
-            sequences = int(counts)
-            summed.append(InputGroup(names, total if sequences else None, sequences))
+        for names in _merged([[names for names, _ in structure] for structure, _ in theirs]):
+            local = [mine[name] for name in names if name in mine]
+            size = next(inputs[name] for name in names if name in inputs)
+            own, lent = (
+                self._sum_moments([getattr(group, kind) for group in local], size, device) for kind in ("own", "lent")
+            )
+            summed.append(InputGroup(names, size, sequences, own, lent))
         return summed
+
+    def _sum_moments(self, local: list[Moment], size: int, device: torch.device) -> Moment:
+        """The sum of one moment over processes, at most one of ``local`` having seen tokens."""
+        mine = next((moment for moment in local if moment.total is not None), Moment())
+        tokens = sum(self.gather(mine.tokens))
+        if not tokens:
+            return Moment()
+        total = torch.zeros(size, size, dtype=torch.float64, device=device) if mine.total is None else mine.total
+        self._talk(dist.all_reduce, total)
+        return Moment(total, tokens)
 
     def owners(self, groups: list[InputGroup], linears: dict[str, nn.Linear]) -> dict[str, int]:
         """Which process binarizes which matrix: the costliest first, each where it is finished earliest."""
@@ -146,12 +155,12 @@ class Processes:
         if self.count == 1:
             return binarize()
         mine = self.together(binarize)
-        described = self.gather({name: (_described(weight), record) for name, (weight, record) in mine.items()})
+        described = self.gather({name: (_described(weight), *about) for name, (weight, *about) in mine.items()})
         everything: Results = {}
         for rank, theirs in enumerate(described):
-            for name, (description, record) in theirs.items():
+            for name, (description, record, group) in theirs.items():
                 local = mine[name][0] if rank == self.rank else None
-                everything[name] = (self._broadcast_weight(local, description, rank, device), record)
+                everything[name] = (self._broadcast_weight(local, description, rank, device), record, group)
         return everything
 
     def _broadcast_weight(

@@ -94,6 +94,7 @@ class Placement:
             offload_buffers=True,
             skip_keys=model._skip_keys_device_placement,
         )
+        model.tie_weights()  # accelerate gives each of the tied names a placeholder of its own
 
     def _infer(self, model: PreTrainedModel, strategy: str) -> dict[str, Any]:
         unsplit = sorted(model._no_split_modules or ())

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import ArbConfig
+from ..coverage import Matrix
 from ..errors import ArbCalibrationError
 from ..form import BinaryForm
 from .data import Batch
@@ -22,24 +23,10 @@ from .spool import memory_budget
 
 logger = logging.getLogger(__name__)
 HESSIAN_SHARE = 0.25  # of the free memory, for the Hessians that are summed in one pass
-FLOAT = 4  # bytes
+FLOAT, DOUBLE = 4, 8  # bytes
 # Measured (examples/benchmarks/memory.py): factorizing holds this many matrices of a Hessian's size, binarizing this
 # many float32 copies of a weight and this many bytes per weight of what a whole layer has become.
 FACTOR_COPIES, SOLVE_COPIES, RESULT_BYTES = 4, 12, 4
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Name and shape of a matrix to binarize, and its decoder layer."""
-
-    name: str
-    layer: int
-    out_features: int
-    in_features: int
-
-    @property
-    def weights(self) -> int:
-        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -153,17 +140,18 @@ def spool_folder(config: ArbConfig) -> str:
 
 def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
     """At most: with every salient column that the options allow."""
-    starts = range(0, matrix.in_features, config.block_size)
-    widths = [min(config.block_size, matrix.in_features - start) for start in starts]
+    options = config.options(matrix.name)
+    starts = range(0, matrix.in_features, options.block_size)
+    widths = [min(options.block_size, matrix.in_features - start) for start in starts]
     form = BinaryForm(
-        out_features=matrix.out_features,
+        out_features=matrix.weights // matrix.in_features,
         in_features=matrix.in_features,
-        salient_columns=sum(min(config.max_salient_columns, width) for width in widths),
-        block_size=config.block_size,
-        groups=2 if config.group_bitmap else 1,
-        salient_groups=2 if config.column_group_bitmap else 1,
-        has_column_scales=config.options().has_column_scales,
-        scale_dtype=config.scale_dtype,
+        salient_columns=sum(min(options.max_salient_columns, width) for width in widths),
+        block_size=options.block_size,
+        groups=2 if options.group_bitmap else 1,
+        salient_groups=2 if options.group_bitmap and options.column_group_bitmap else 1,
+        has_column_scales=options.has_column_scales,
+        scale_dtype=options.scale_dtype,
     )
     return form.bits() // 8
 
@@ -171,7 +159,7 @@ def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
 def _working_bytes(layer: list[Matrix], itemsize: int) -> int:
     inputs = {matrix.in_features for matrix in layer}
     weights = sum(matrix.weights for matrix in layer)
-    hessians = FLOAT * (sum(size**2 for size in inputs) + FACTOR_COPIES * max(inputs) ** 2)
+    hessians = DOUBLE * sum(size**2 for size in inputs) + FLOAT * FACTOR_COPIES * max(inputs) ** 2
     return hessians + weights * (itemsize + RESULT_BYTES) + SOLVE_COPIES * FLOAT * max(each.weights for each in layer)
 
 

@@ -20,21 +20,22 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import native
-from ..binarize import SolveRecord, binarize_and_record
-from ..binarize.hessian import factorize
+from ..binarize import SolveRecord
 from ..config import ArbConfig
+from ..coverage import Coverage
 from ..errors import ArbCalibrationError
 from ..nn import BinaryLinear
+from ..nn.linears import expose_linears
 from ..report import ArbReport, MatrixRecord
 from .capture import LayerCalls, capture, run_layer
 from .checkpoint import LayerStore, changed_tensors, explained_stops, fingerprint, kept_digests
 from .data import Batch, load_batches
-from .decoder import find_decoder_layers, find_linears
-from .distributed import Processes, Results
-from .hessians import InputGroup, accumulate
+from .decoder import find_decoder_layers, survey
+from .distributed import Processes
+from .matrices import binarize_matrices, require_finite
 from .offload import fetch_outside, on_device
-from .plan import Matrix, check_plan, hessian_budget, make_plan, spool_folder
-from .spool import Spool, calls_on, update_hidden
+from .plan import check_plan, make_plan, spool_folder
+from .spool import Spool, update_hidden
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
@@ -46,7 +47,7 @@ class Run:
 
     Attributes:
         prefix, layers: name and list of the decoder layers.
-        skip: names of modules that stay in full precision.
+        coverage: what is to be binarized.
         device: where a decoder layer is while it is worked on.
         store: finished layers, in the leading process of a run with ``checkpoint_dir``.
         calls: this process's calibration batches, before the layer at work.
@@ -56,29 +57,31 @@ class Run:
     config: ArbConfig
     prefix: str
     layers: nn.ModuleList
-    skip: list[str]
+    coverage: Coverage
     device: torch.device
     processes: Processes
     clock: Stages
     store: LayerStore | None = None
     calls: list[LayerCalls] = field(default_factory=list)
 
-    def name(self, index: int) -> str:
-        return f"{self.prefix}.{index}"
+    def inner(self, index: int, name: str) -> str:
+        """A module's name within its decoder layer."""
+        return name.removeprefix(f"{self.prefix}.{index}.")
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """What is to be binarized in a decoder layer, by full name."""
-        return dict(find_linears(self.layers[index], self.name(index), self.skip))
-
-    def batches(self, index: int) -> Iterator[LayerCalls]:
-        """The calls of a decoder layer on the device."""
-        return calls_on(self.calls, index, self.device)
+        """What is to be binarized in a decoder layer, by full name; stacked experts come apart."""
+        names = [each.name for each in self.coverage.matrices if each.kept is None and each.layer == index]
+        found = expose_linears(self.layers[index], [self.inner(index, name) for name in names], verify=True)
+        return {name: found[self.inner(index, name)] for name in names if self.inner(index, name) in found}
 
     def how_to_resume(self) -> str:
         if self.config.checkpoint_dir is None:
             return "nothing is kept without checkpoint_dir"
         count = f"{len(self.store.finished())} of {len(self.layers)}" if self.store else "the finished"
-        return f"{count} decoder layers are kept in {self.config.checkpoint_dir}; run the same command again to continue from there"
+        return (
+            f"{count} decoder layers are kept in {self.config.checkpoint_dir}; "
+            "run the same command again to continue from there"
+        )
 
 
 @torch.no_grad()
@@ -97,20 +100,27 @@ def binarize_model(
             Also a folder of checkpoints that is in use, full, or another run's, and a process of this run that ended.
     """
     prefix, layers = find_decoder_layers(model)
+    coverage = survey(model, prefix, layers, config, skip)
+    logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
+    coverage.require(config.minimum_coverage)
     processes = Processes.join()
     device = processes.device(device or torch.device("cpu"))
     report = ArbReport(config.to_dict(), model.name_or_path or type(model).__name__, 0, 0, versions=_versions())
-    run = Run(model, config, prefix, layers, skip, device, processes, Stages(report.stages))
+    run = Run(model, config, prefix, layers, coverage, device, processes, Stages(report.stages))
     with contextlib.ExitStack() as stack:
-        spool, batches = processes.together(lambda: _prepare(run, report, stack))
+        spool, batches = processes.together(lambda: _prepare(run, report, skip, stack))
         stack.enter_context(explained_stops(run.how_to_resume))
         stack.enter_context(_without_cache(model))
         with run.clock("capture"):
             fetch_outside(model, layers)
             run.calls = [spool.keep(call) for call in capture(model, layers, batches)]
+        called = sorted(run.calls[0].arguments)
+        silent = [each.name for each in coverage.matrices if each.layer not in called]
+        run.coverage = coverage.keeping(silent, "its layer is not called on text")
+        run.coverage.require(config.minimum_coverage)
         config.modules = {}
-        bar = stack.enter_context(_progress(len(layers), processes))
-        for index in range(len(layers)):
+        bar = stack.enter_context(_progress(len(called), processes))
+        for index in called:
             start = time.perf_counter()
             done = binarize_layer(run, index)
             report.matrices.extend(done)
@@ -120,22 +130,18 @@ def binarize_model(
             bar.update()
             seconds = time.perf_counter() - start
             logger.info("decoder layer %d of %d: mean output error %.4f, %.1f s", index + 1, len(layers), mean, seconds)
-            if index == 0:
-                logger.info("about %.1f minutes for the other layers", seconds * (len(layers) - 1) / 60)
+            if index == called[0]:
+                logger.info("about %.1f minutes for the other layers", seconds * (len(called) - 1) / 60)
+    wanted = [each.name for each in run.coverage.matrices if each.kept is None]
+    unused = [name for name in wanted if name not in config.modules]
+    if unused:
+        logger.warning("kept, because their models never called them: %s", ", ".join(unused))
+    report.coverage = run.coverage.keeping(unused, "its model does not call it")
     return report
 
 
-def _prepare(run: Run, report: ArbReport, stack: contextlib.ExitStack) -> tuple[Spool, list[Batch]]:
+def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.ExitStack) -> tuple[Spool, list[Batch]]:
     """Everything that can refuse a run: data, sizes, the folder of checkpoints. Then this process's share."""
-    matrices = [
-        Matrix(name, index, linear.out_features, linear.in_features)
-        for index in range(len(run.layers))
-        for name, linear in run.linears(index).items()
-    ]
-    if not matrices:
-        raise ArbCalibrationError(
-            f"no nn.Linear to binarize in {type(run.model).__name__}'s decoder layers {run.prefix!r}"
-        )
     config, processes = run.config, run.processes
     everything = _load_data(run.model, config)
     batches = processes.share(everything)
@@ -143,9 +149,10 @@ def _prepare(run: Run, report: ArbReport, stack: contextlib.ExitStack) -> tuple[
     report.tokens = sum(batch.tokens for batch in everything)
     if config.checkpoint_dir is not None and processes.leads:
         layers = (run.prefix, run.layers)
-        identity = fingerprint(run.model, layers, everything, config, run.skip, _surroundings(run, report))
+        identity = fingerprint(run.model, layers, everything, config, skip, _surroundings(run, report))
         run.store = LayerStore(config.checkpoint_dir, identity)
         stack.callback(run.store.close)
+    matrices = [each for each in run.coverage.matrices if each.kept is None]
     plan = make_plan(run.model, matrices, batches, config, processes.count)
     finished = 0 if run.store is None else len(run.store.finished()) / len(run.layers)
     check_plan(plan, config, finished, processes.count, run.device)
@@ -235,34 +242,39 @@ def binarize_layer(run: Run, index: int) -> list[MatrixRecord]:
     """Bring one decoder layer to the device, binarize it (or take it from the store), and pass its outputs on."""
     layer = run.layers[index]
     with on_device(layer, run.device):
+        linears = run.linears(index)
         stored = run.processes.from_leader(lambda: None if run.store is None else run.store.load(index), run.device)
         if stored is None:
-            packed, records = _binarize(run, index)
+            packed, records = _binarize(run, index, linears)
         else:
-            packed, records = _restore(run, index, *stored)
+            packed, records = _restore(run, index, linears, *stored)
         with run.clock("recompute"):
-            run.processes.together(lambda: _pass_on(run, index, packed))
+            run.processes.together(lambda: _pass_on(run, index, linears, packed))
     return records
 
 
-def _binarize(run: Run, index: int) -> tuple[dict[str, BinaryLinear], list[MatrixRecord]]:
-    layer, prefix, linears = run.layers[index], run.name(index) + ".", run.linears(index)
-    digests = kept_digests(layer, (name.removeprefix(prefix) for name in linears)) if run.store else {}
+def _binarize(
+    run: Run, index: int, linears: dict[str, nn.Linear]
+) -> tuple[dict[str, BinaryLinear], list[MatrixRecord]]:
+    layer, config = run.layers[index], run.config
+    digests = kept_digests(layer, (run.inner(index, name) for name in linears)) if run.store else {}
     run.clock.restart()
-    results = _binarize_matrices(run, index, linears)
-    # Here every process has all results, and `layer` is still in full precision; its inputs are `run.batches(index)`.
-    packed, records, modules = {}, [], {}
-    for name in linears:
-        weight, record = results.pop(name)
+    results = binarize_matrices(layer, linears, run.calls, index, config, run.processes, run.clock)
+    # Here every process has all results, and `layer` is still in full precision; its inputs are in `run.calls`.
+    packed: dict[str, BinaryLinear] = {}
+    records, modules = [], {}
+    for name in [name for name in linears if name in results]:
+        weight, solve, group = results.pop(name)
+        bits, kind = weight.form.bits(), run.inner(index, name)
         packed[name] = BinaryLinear.from_binary_weight(weight, linears[name].bias)
-        records.append(MatrixRecord(name, index, name.removeprefix(prefix), *weight.shape, weight.form.bits(), record))
-        modules[name] = {"salient_columns": weight.form.salient_columns}
-    assert run.config.modules is not None
-    run.config.modules |= modules
+        records.append(MatrixRecord(name, index, kind, *weight.shape, bits, solve, group.tokens, group.borrowed))
+        modules[name] = config.module_entry(name, weight.form.salient_columns)
+    assert config.modules is not None
+    config.modules |= modules
 
     def save() -> None:
         if run.store is not None:
-            inside: dict[str, nn.Module] = {name.removeprefix(prefix): each for name, each in packed.items()}
+            inside: dict[str, nn.Module] = {run.inner(index, name): each for name, each in packed.items()}
             tensors = changed_tensors(layer, digests, inside)
             matrices = [dataclasses.asdict(record) for record in records]
             run.store.save(index, tensors, {"modules": modules, "matrices": matrices, "seconds": run.clock.lap})
@@ -272,112 +284,39 @@ def _binarize(run: Run, index: int) -> tuple[dict[str, BinaryLinear], list[Matri
 
 
 def _restore(
-    run: Run, index: int, tensors: dict[str, Tensor], document: dict[str, Any]
+    run: Run, index: int, linears: dict[str, nn.Linear], tensors: dict[str, Tensor], document: dict[str, Any]
 ) -> tuple[dict[str, BinaryLinear], list[MatrixRecord]]:
     """A stored layer: its packed modules, its records; other tensors that had changed are put into the layer."""
-    layer, linears = run.layers[index], run.linears(index)
     assert run.config.modules is not None
     run.config.modules |= document["modules"]
     packed = {}
     for name in document["modules"]:
-        linear, start = linears[name], name.removeprefix(run.name(index) + ".") + "."
+        linear, start = linears[name], run.inner(index, name) + "."
         form = run.config.form(name, linear.out_features, linear.in_features)
         module = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
         state = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
         module.load_state_dict(state, assign=True)
         packed[name] = module.requires_grad_(False)
-    layer.load_state_dict(tensors, strict=False, assign=True)
+    run.layers[index].load_state_dict(tensors, strict=False, assign=True)
     for stage, seconds in document["seconds"].items():
         run.clock.add(stage, seconds)
     records = [MatrixRecord(**{**each, "solve": SolveRecord(**each["solve"])}) for each in document["matrices"]]
     return packed, records
 
 
-def _binarize_matrices(run: Run, index: int, linears: dict[str, nn.Linear]) -> Results:
-    """All matrices of a decoder layer, with as many Hessians at a time as the memory allows."""
-    budget = min(run.processes.gather(hessian_budget(run.device, run.processes.count)))
-    results: Results = {}
-    for part in _portions(linears, budget):
-        with run.clock("hessian"):
-            one_pass = functools.partial(accumulate, run.layers[index], part, run.batches(index), index)
-            accumulated = run.processes.together(one_pass)
-            groups = run.processes.sum_groups(accumulated, part, run.device)
-        with run.clock("binarize"):
-            owners = run.processes.owners(groups, part)
-            mine = functools.partial(_binarize_groups, groups, part, run.config, owners, run.processes.rank)
-            results |= run.processes.exchange(mine, run.device)
-    return results
-
-
-def _portions(linears: dict[str, nn.Linear], budget: int) -> Iterator[dict[str, nn.Linear]]:
-    """Neighbouring linears whose Hessians fit into ``budget`` bytes together, even if they share none."""
-    portion: dict[str, nn.Linear] = {}
-    size = 0
-    for name, linear in linears.items():
-        hessian = 4 * linear.in_features**2
-        if portion and size + hessian > budget:
-            yield portion
-            portion, size = {}, 0
-        portion[name] = linear
-        size += hessian
-    if portion:
-        yield portion
-
-
-def _binarize_groups(
-    groups: list[InputGroup], linears: dict[str, nn.Linear], config: ArbConfig, owners: dict[str, int], rank: int
-) -> Results:
-    results: Results = {}
-    while groups:  # each Hessian goes as soon as it has served
-        group = groups.pop(0)
-        names = [name for name in group.names if owners[name] == rank]
-        if names:
-            results |= _binarize_group(dataclasses.replace(group, names=names), linears, config)
-    return results
-
-
-def _pass_on(run: Run, index: int, packed: dict[str, BinaryLinear]) -> None:
+def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[str, BinaryLinear]) -> None:
     """The next layer's inputs come through the binary weights: dense for one pass, decoded once, then replaced."""
-    layer, linears = run.layers[index], run.linears(index)
+    layer = run.layers[index]
     for name, module in packed.items():
         dense = module.binary_weight().dequantize(linears[name].weight.dtype)
         # A new parameter: the loader may still hold the old one, and what is written into its data would stay.
         linears[name].weight = nn.Parameter(dense, requires_grad=False)
-    for call, moved in zip(run.calls, run.batches(index), strict=True):
-        hidden = run_layer(layer, moved, index)
-        _require_finite(hidden, index)
+    for call in run.calls:
+        hidden = run_layer(layer, call, index)
+        require_finite(hidden, index)
         update_hidden(call, hidden)
     for name, module in packed.items():
         replace_module(layer, linears[name], module)
-
-
-def _require_finite(hidden: Tensor, index: int) -> None:
-    if not torch.isfinite(hidden).all():
-        raise ArbCalibrationError(
-            f"decoder layer {index} gives NaN or infinite activations in {hidden.dtype}; "
-            "load the model with dtype=torch.float32 or torch.bfloat16"
-        )
-
-
-def _binarize_group(group: InputGroup, linears: dict[str, nn.Linear], config: ArbConfig) -> Results:
-    hessian, options = group.hessian(), config.options()
-    first = linears[group.names[0]].weight
-    results: Results = {}
-    try:
-        factor = factorize(hessian, first.shape[1], options.damping, first.device)
-    except ArbCalibrationError as error:
-        raise ArbCalibrationError(f"{', '.join(group.names)}: {error}") from error
-    for name in group.names:
-        try:
-            results[name] = binarize_and_record(linears[name].weight, hessian, factor, options)
-        except ArbCalibrationError as error:
-            raise ArbCalibrationError(f"{name}: {error}") from error
-        if factor.data_free:
-            why = "no calibration token reached it" if hessian is None else "its Hessian is not positive definite"
-            logger.warning("%s: binarized without data: %s", name, why)
-        elif factor.damping > options.damping:
-            logger.warning("%s: damping raised from %g to %g", name, options.damping, factor.damping)
-    return results
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

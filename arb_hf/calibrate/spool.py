@@ -6,13 +6,11 @@ import logging
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -48,7 +46,7 @@ class Spool:
     def keep(self, call: LayerCalls) -> LayerCalls:
         """The call with its hidden states in the spool and its arguments shared with earlier batches where equal."""
         seen: dict[int, Tensor] = {}
-        arguments = [tree_map(lambda value: self._shared(value, seen), each) for each in call.arguments]
+        arguments = tree_map(lambda value: self._shared(value, seen), call.arguments)
         return replace(call, hidden=self._kept(call.hidden.to("cpu")), arguments=arguments)
 
     def _kept(self, hidden: Tensor) -> Tensor:
@@ -77,17 +75,6 @@ def update_hidden(call: LayerCalls, hidden: Tensor) -> None:
         call.hidden.copy_(hidden)
     else:
         call.hidden = hidden.to("cpu")
-
-
-def calls_on(calls: Iterable[LayerCalls], index: int, device: torch.device) -> Iterator[LayerCalls]:
-    """The calls of one decoder layer, one after the other on its device."""
-    for call in calls:
-        if device.type == "cpu":
-            yield call
-        else:
-            arguments = list(call.arguments)
-            arguments[index] = send_to_device(arguments[index], device)
-            yield LayerCalls(call.hidden.to(device), arguments, call.mask)
 
 
 def _mapped_file(size: int, directory: str | os.PathLike) -> Tensor:
