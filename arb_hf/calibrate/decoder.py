@@ -122,7 +122,7 @@ def survey(
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, tuple[int, int], bool]]:
-    """The weight matrices a module itself holds: name below it, ``(out, in)``, and whether they act as a plain linear."""
+    """The weight matrices a module itself holds: name below it, ``(out, in)``, whether each acts as a plain linear."""
     stacks = find_stacks(module)
     stacked = {part for name in stacks.names for part in (name, f"{name}_bias")} if stacks else set()
     if stacks:
