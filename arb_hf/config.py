@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -13,12 +15,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .binarize.options import METHODS, REFINEMENTS, SALIENT_METRICS, BinarizeOptions
 from .errors import ArbFormatError
 from .form import SCALE_DTYPES, WORD, BinaryForm
+from .overrides import select
 from .packing import FORMAT_VERSION
 
 QUANT_METHOD = "arb_hf"
 MAX_BLOCK_SIZE = 65536
 # Objects a user may pass that have no place in JSON; copies of the config share them.
 SHARED = ("dataset", "tokenizer")
+# Options that a module may have for itself, and those of them that its packed form depends on.
+PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions))
+FORM_OPTIONS = ("method", "block_size", "group_bitmap", "column_group_bitmap", "scale_dtype")
 
 
 class ArbConfig(QuantizationConfigMixin):
@@ -43,6 +49,12 @@ class ArbConfig(QuantizationConfigMixin):
         seed: of the windows' positions; the global random state is never touched.
         tokenizer: a name, a tokenizer, or None for the model's own.
         modules_to_not_convert: names to keep in full precision, **added to** the default list (heads, embeddings).
+        overrides: options of single modules, ``{pattern: {"block_size": 64, ...}}``, or ``{pattern: None}`` to keep
+            them in full precision. Any of the options from ``method`` to ``refinement`` above, and ``scale_dtype``. A
+            pattern is a glob over full module names that covers what it matches and all inside it; of several the
+            one with the most literal characters counts (:mod:`arb_hf.overrides`).
+        minimum_coverage: the share of the decoder layers' matrix weights, those kept on request apart, that must be
+            binarized; a model of which less can be stops before calibration. 0 goes on whatever the share.
         scale_dtype: storage of scales and means: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
         checkpoint_dir: folder in which finished decoder layers are kept, to resume from after a crash.
         format_version: of the packed format; set by the package.
@@ -70,6 +82,8 @@ class ArbConfig(QuantizationConfigMixin):
         seed: int = 0,
         tokenizer: Any = None,
         modules_to_not_convert: list[str] | None = None,
+        overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+        minimum_coverage: float = 0.9,
         scale_dtype: str = "float16",
         checkpoint_dir: str | os.PathLike | None = None,
         format_version: int = FORMAT_VERSION,
@@ -93,6 +107,8 @@ class ArbConfig(QuantizationConfigMixin):
         self.seed = seed
         self.tokenizer = tokenizer
         self.modules_to_not_convert = modules_to_not_convert
+        self.overrides = overrides
+        self.minimum_coverage = minimum_coverage
         self.scale_dtype = scale_dtype
         self.checkpoint_dir = None if checkpoint_dir is None else os.fspath(checkpoint_dir)
         self.format_version = format_version
@@ -126,8 +142,24 @@ class ArbConfig(QuantizationConfigMixin):
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
             self._refuse("modules_to_not_convert", "a list of module names, or None")
+        self._number("minimum_coverage", 1)
+        if self.overrides is not None:
+            self._validate_overrides()
         if self.modules is not None:
             self._validate_modules()
+
+    def _validate_overrides(self) -> None:
+        if not isinstance(self.overrides, Mapping):
+            self._refuse("overrides", "a mapping from pattern to options or None")
+            return
+        for pattern, options in self.overrides.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise ValueError(
+                    f"ArbConfig: the override {pattern!r} is no pattern: a glob over module names is needed"
+                )
+            if options is not None:
+                self._check_options(f"overrides[{pattern!r}]", options, PER_MODULE)
+        self.overrides = {pattern: None if each is None else dict(each) for pattern, each in self.overrides.items()}
 
     def _validate_modules(self) -> None:
         if not isinstance(self.modules, dict):
@@ -136,7 +168,24 @@ class ArbConfig(QuantizationConfigMixin):
         for name, entry in self.modules.items():
             count = entry.get("salient_columns") if isinstance(entry, dict) else None
             if not isinstance(name, str) or isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"ArbConfig: modules[{name!r}] is {entry!r}; allowed: {{'salient_columns': a count}}")
+                raise ValueError(
+                    f"ArbConfig: modules[{name!r}] is {entry!r}; allowed: {{'salient_columns': a count}} and options"
+                )
+            options = {key: value for key, value in entry.items() if key != "salient_columns"}
+            if options:
+                self._check_options(f"modules[{name!r}]", options, FORM_OPTIONS)
+
+    def _check_options(self, where: str, options: Any, allowed: tuple[str, ...]) -> None:
+        """Check the options of single modules as if they were those of a whole config."""
+        if not isinstance(options, Mapping):
+            raise ValueError(f"ArbConfig: {where} is {options!r}; allowed: a mapping of options")
+        unknown = sorted(str(key) for key in options if key not in allowed)
+        if unknown:
+            raise ValueError(f"ArbConfig: {where} has {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        try:
+            ArbConfig(**options)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {where})") from None
 
     def _refuse(self, option: str, allowed: str) -> None:
         raise ValueError(f"ArbConfig: {option}={getattr(self, option)!r} is not allowed; allowed: {allowed}")
@@ -151,27 +200,50 @@ class ArbConfig(QuantizationConfigMixin):
         if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
             self._refuse(option, f"an integer from {low}" + ("" if high is None else f" to {high}"))
 
-    def _number(self, option: str) -> None:
+    def _number(self, option: str, high: float = math.inf) -> None:
         value = getattr(self, option)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            self._refuse(option, "a finite number from 0")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not 0 <= value <= high:
+            self._refuse(option, "a finite number from 0" + ("" if high == math.inf else f" to {high:g}"))
 
-    def options(self) -> BinarizeOptions:
-        """The part that the mathematics of one matrix needs."""
-        return BinarizeOptions.of(self)
+    def options(self, name: str | None = None) -> BinarizeOptions:
+        """The part that the mathematics of one matrix needs: that of all modules, or with the overrides of one.
+
+        Raises:
+            ArbCalibrationError: two equally specific overrides cover the module.
+        """
+        common = BinarizeOptions.of(self)
+        pattern = None if name is None or not self.overrides else select(self.overrides, name)
+        if pattern is None:
+            return common
+        own = dataclasses.replace(common, **(self.overrides or {})[pattern] or {})
+        return dataclasses.replace(own, column_group_bitmap=own.column_group_bitmap and own.group_bitmap)
+
+    def keeps(self, name: str) -> str | None:
+        """The override pattern that keeps a module in full precision, or None."""
+        pattern = select(self.overrides, name) if self.overrides else None
+        return pattern if pattern is not None and (self.overrides or {})[pattern] is None else None
+
+    def module_entry(self, name: str, salient_columns: int) -> dict[str, Any]:
+        """What ``modules`` holds about a binarized module: enough, with the config, to know its form."""
+        common, own = self.options(), self.options(name)
+        different = {key: getattr(own, key) for key in FORM_OPTIONS if getattr(own, key) != getattr(common, key)}
+        return {"salient_columns": salient_columns, **different}
 
     def form(self, name: str, out_features: int, in_features: int) -> BinaryForm:
         """The form of a binarized module, from what ``modules`` holds about it."""
         assert self.modules is not None
+        entry = self.modules[name]
+        options = dataclasses.replace(self.options(), **{key: entry[key] for key in FORM_OPTIONS if key in entry})
         return BinaryForm(
             out_features=out_features,
             in_features=in_features,
-            salient_columns=self.modules[name]["salient_columns"],
-            block_size=self.block_size,
-            groups=2 if self.group_bitmap else 1,
-            salient_groups=2 if self.column_group_bitmap else 1,
-            has_column_scales=self.options().has_column_scales,
-            scale_dtype=self.scale_dtype,
+            salient_columns=entry["salient_columns"],
+            block_size=options.block_size,
+            groups=2 if options.group_bitmap else 1,
+            salient_groups=2 if options.group_bitmap and options.column_group_bitmap else 1,
+            has_column_scales=options.has_column_scales,
+            scale_dtype=options.scale_dtype,
         )
 
     def check_format_version(self) -> None:

@@ -7,15 +7,15 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .calibrate.run import binarize_model, replace_module
+from .calibrate.run import binarize_model
 from .checkpoint import check_files, check_values
 from .config import ArbConfig
 from .errors import ArbFormatError
-from .nn import BinaryLinear
+from .nn import BinaryExperts, BinaryLinear
+from .nn.linears import expose_linears, restore_modules
 
 
 class ArbHfQuantizer(HfQuantizer):
@@ -24,6 +24,7 @@ class ArbHfQuantizer(HfQuantizer):
     requires_calibration = False
     requires_parameters_quantization = False
     quantization_config: ArbConfig
+    _has_experts = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -45,9 +46,16 @@ class ArbHfQuantizer(HfQuantizer):
             skip = self.get_modules_to_not_convert(model, config.modules_to_not_convert, add_default_skips=True)
             setattr(model, "arb_report", binarize_model(model, config, sorted(skip)))  # noqa: B010  (no such field in the class)
             model.config.quantization_config = self.quantization_config = publishable(config, sorted(skip))
+            # A packed model is saved under its modules' own names: a checkpoint's conversions are for dense weights.
+            model._weight_conversions = []  # type: ignore[assignment]
         for module in model.modules():
             if isinstance(module, BinaryLinear):
                 module.requires_grad_(False)
+        self._has_experts = any(isinstance(module, BinaryExperts) for module in model.modules())
+
+    def update_weight_conversions(self, weight_conversions: list, *args: Any, **kwargs: Any) -> list:
+        """A packed checkpoint has the model's own names: no merging of experts, no renaming."""
+        return [] if self.pre_quantized else weight_conversions
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -58,7 +66,7 @@ class ArbHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return not self._has_experts  # which expert gets which token is data: no single graph
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return replace_by_dense(model, dtype)
@@ -74,14 +82,14 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
         raise ArbFormatError(
             "config.json: quantization_config.modules is missing or empty: nothing says what is binary"
         )
-    named = dict(model.named_modules())
+    linears = expose_linears(model, config.modules)
     for name in config.modules:
-        linear = named.get(name)
-        if not isinstance(linear, nn.Linear):
-            found = "no such module" if linear is None else type(linear).__name__
+        if name not in linears:
+            found = "a " + type(model.get_submodule(name)).__name__ if _has(model, name) else "no such module"
             raise ArbFormatError(
                 f"config.json: quantization_config.modules names {name!r}: {found}, not a linear layer"
             )
+        linear = linears[name]
         form = config.form(name, linear.out_features, linear.in_features)
         if form.salient_columns > form.in_features:
             raise ArbFormatError(
@@ -90,6 +98,10 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
         new = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
+
+
+def _has(model: PreTrainedModel, name: str) -> bool:
+    return any(name == each for each, _ in model.named_modules())
 
 
 def publishable(config: ArbConfig, skip: list[str]) -> ArbConfig:
@@ -105,12 +117,7 @@ def publishable(config: ArbConfig, skip: list[str]) -> ArbConfig:
 
 
 def replace_by_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """In place: every binary layer becomes the ``nn.Linear`` it stands for."""
-    for module in [each for each in model.modules() if isinstance(each, BinaryLinear)]:
-        weight = module.binary_weight().dequantize(dtype or torch.float32)
-        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if module.bias is not None:
-            linear.bias = nn.Parameter(module.bias.detach().to(weight.dtype), requires_grad=False)
-        replace_module(model, module, linear)
+    """In place: every binary layer becomes the dense module that the model's own class has in its place."""
+    restore_modules(model, dtype or torch.float32)
+    model._weight_conversions = None  # type: ignore[assignment]  # dense names are converted on saving again
     return model

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .binarize import SolveRecord
+from .coverage import Coverage
 from .errors import ArbFormatError
 
 REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
@@ -21,7 +22,11 @@ REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """One binarized matrix: its full name, decoder layer, kind (the name within the layer), shape and result."""
+    """One binarized matrix: its full name, decoder layer, kind (the name within the layer), shape and result.
+
+    ``tokens``: calibration tokens that reached it. ``borrowed``: share of its Hessian that stands for tokens of the
+    layer's other experts, because too few reached this one.
+    """
 
     name: str
     layer: int
@@ -30,6 +35,8 @@ class MatrixRecord:
     in_features: int
     bits: int
     solve: SolveRecord
+    tokens: int = 0
+    borrowed: float = 0.0
 
     @property
     def weights(self) -> int:
@@ -69,6 +76,7 @@ class ArbReport:
         model: name or path of the original model.
         samples, tokens: calibration sequences and their tokens, padding apart.
         matrices: a record per binarized matrix.
+        coverage: what was binarized and what was kept, and why.
         stages: seconds spent per stage of the run.
         versions: of the packages that took part.
         measurements: quality figures, added by :meth:`add`.
@@ -82,6 +90,7 @@ class ArbReport:
     stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     versions: dict[str, str] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
+    coverage: Coverage | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ArbReport:
@@ -100,6 +109,7 @@ class ArbReport:
                 stages=defaultdict(float, data["stages"]),
                 versions=dict(data["versions"]),
                 measurements=[_known(Measurement, each) for each in data.get("measurements", [])],
+                coverage=Coverage.from_dict(data["coverage"]) if data.get("coverage") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArbFormatError(f"not a report of an arb_hf run: {type(error).__name__}: {error}") from error
@@ -134,6 +144,11 @@ class ArbReport:
         return _mean_error(self.matrices)
 
     @property
+    def starved(self) -> list[MatrixRecord]:
+        """Matrices of experts that too few calibration tokens reached: they borrowed from the others' tokens."""
+        return [each for each in self.matrices if each.borrowed > 0]
+
+    @property
     def seconds(self) -> float:
         return sum(self.stages.values())
 
@@ -149,6 +164,8 @@ class ArbReport:
             "stages": dict(self.stages),
             "versions": self.versions,
             "measurements": [dataclasses.asdict(each) for each in self.measurements],
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
+            "starved": len(self.starved),
             "matrices": [each.row() for each in self.matrices],
         }
 

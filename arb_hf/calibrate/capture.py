@@ -7,22 +7,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import ArbCalibrationError
 from .data import Batch
+
+HIDDEN_NAMES = ("hidden_states", "x", "inputs", "input")
 
 
 @dataclass
 class LayerCalls:
     """One calibration batch on its way through the decoder layers.
 
-    ``hidden``: input of the next layer ``[batch, length, hidden]``. ``arguments``: per layer, what else it is called
-    with; layers share equal tensors (masks, positions). ``mask``: the batch's attention mask.
+    ``hidden``: input of the next layer ``[batch, length, hidden]``. ``arguments``: per layer that the model calls, what
+    else it is called with; layers share equal tensors (masks, positions). ``mask``: the batch's attention mask.
     """
 
     hidden: Tensor
-    arguments: list[tuple[tuple, dict[str, Any]]]
+    arguments: dict[int, tuple[tuple, dict[str, Any]]]
     mask: Tensor | None
 
 
@@ -33,52 +37,100 @@ class _Captured(Exception):
 def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> list[LayerCalls]:
     """Run everything before the decoder layers once and note what each layer is called with.
 
-    The layers themselves are passed over; the first of each class runs once, to see what it returns.
+    The layers themselves are passed over; the first of each class runs once, to see what it returns. Layers that the
+    model does not call on text (cross-attention to images) have no entry in ``arguments``.
+
+    Raises:
+        ArbCalibrationError: the model does more between its layers than hand on hidden states, so that they cannot be
+            calibrated one after the other.
     """
     device = next(model.get_input_embeddings().parameters()).device
-    returned: dict[type, Any] = {}
+    recorder = _Recorder(model, layers)
     calls = []
     for batch in batches:
-        hidden: list[Tensor] = []
-        arguments: list[tuple[tuple, dict[str, Any]]] = []
-
-        def pass_over(
-            layer: nn.Module, forward: Any, args: tuple, kwargs: dict, hidden=hidden, arguments=arguments
-        ) -> Any:
-            args, kwargs, states = _split_hidden(args, kwargs)
-            hidden.append(states)
-            arguments.append((args, kwargs))
-            if len(arguments) == len(layers):
-                raise _Captured
-            if type(layer) not in returned:
-                returned[type(layer)] = forward(states, *args, **kwargs)
-            example = returned[type(layer)]
-            return (states, *example[1:]) if isinstance(example, tuple) else states
-
-        with _replaced_forwards(layers, pass_over):
+        recorder.start()
+        with _replaced_forwards(layers, recorder):
             try:
                 mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
                 model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
             except _Captured:
                 pass
-        calls.append(LayerCalls(hidden[0], arguments, batch.attention_mask))
+        if recorder.hidden is None:
+            raise ArbCalibrationError(f"{type(model).__name__} calls none of its decoder layers on text")
+        calls.append(LayerCalls(recorder.hidden, recorder.arguments, batch.attention_mask))
     return calls
 
 
-def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
+class _Recorder:
+    """Stands in for the layers' forwards: notes the arguments and hands the hidden states on unchanged."""
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        self.model = type(model).__name__
+        self.last = len(layers) - 1
+        self.returned: dict[type, Any] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Begin a batch."""
+        self.hidden: Tensor | None = None
+        self.arguments: dict[int, tuple[tuple, dict[str, Any]]] = {}
+
+    def __call__(self, index: int, layer: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        args, kwargs, states = _split_hidden(layer, args, kwargs)
+        if index in self.arguments:
+            raise ArbCalibrationError(
+                f"{self.model} calls decoder layer {index} several times in one pass: unsupported"
+            )
+        if self.hidden is None:
+            self.hidden = states
+        elif states is not self.hidden and not torch.equal(states, self.hidden):
+            raise ArbCalibrationError(
+                f"{self.model} changes the hidden states between decoder layers {max(self.arguments)} and {index}; "
+                "its layers cannot be calibrated one after the other"
+            )
+        extras = {id(each) for example in self.returned.values() for each in _tensors(example)[1:]}
+        if any(id(each) in extras for each in _tensors((args, kwargs))):
+            raise ArbCalibrationError(
+                f"{self.model} hands more than hidden states from decoder layer to decoder layer {index}; "
+                "its layers cannot be calibrated one after the other"
+            )
+        self.arguments[index] = args, kwargs
+        if index == self.last:
+            raise _Captured
+        if type(layer) not in self.returned:
+            self.returned[type(layer)] = forward(states, *args, **kwargs)
+        example = self.returned[type(layer)]
+        return (states, *example[1:]) if isinstance(example, tuple) else states
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, tuple | list) else []
+
+
+def _split_hidden(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
     kwargs = dict(kwargs)
     if args:
         return args[1:], kwargs, args[0]
-    return (), kwargs, kwargs.pop("hidden_states")
+    name = next((name for name in HIDDEN_NAMES if name in kwargs), None)
+    if name is None:
+        raise ArbCalibrationError(
+            f"{type(layer).__name__} is called with {sorted(kwargs)}: which are the hidden states?"
+        )
+    return (), kwargs, kwargs.pop(name)
 
 
 @contextmanager
-def _replaced_forwards(layers: nn.ModuleList, replacement: Any) -> Iterator[None]:
+def _replaced_forwards(layers: nn.ModuleList, replacement: _Recorder) -> Iterator[None]:
     originals = [layer.forward for layer in layers]
     try:
-        for layer, forward in zip(layers, originals, strict=True):
-            layer.forward = lambda *args, _layer=layer, _forward=forward, **kwargs: replacement(
-                _layer, _forward, args, kwargs
+        for index, (layer, forward) in enumerate(zip(layers, originals, strict=True)):
+            layer.forward = lambda *args, _index=index, _layer=layer, _forward=forward, **kwargs: replacement(
+                _index, _layer, _forward, args, kwargs
             )
         yield
     finally:

@@ -1,72 +1,231 @@
-"""The Hessians of one decoder layer's linears, from one pass of the calibration batches through it."""
+"""The Hessians of one decoder layer's linears, from passes of the calibration batches through it."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArbCalibrationError
+from ..nn import BinaryExperts
 from .capture import LayerCalls, run_layer
+
+# Hessians held at a time; experts have one each, and a layer of them can have more than a machine holds.
+WAVE_BYTES = 8 << 30
+# An expert is shown the others' tokens until it has seen this many times its inputs.
+ENOUGH_TOKENS = 4
+
+
+@dataclass
+class Moment:
+    """A sum of X^T X in float32 ``[in, in]``, and the tokens in it."""
+
+    total: Tensor | None = None
+    tokens: int = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add the rows of X ``[tokens, in]``."""
+        rows = rows.to(torch.float32)
+        if self.total is None:
+            self.total = torch.zeros(rows.shape[-1], rows.shape[-1], device=rows.device)
+        self.total.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
 
 
 @dataclass
 class InputGroup:
-    """Linears that see the same input share one Hessian. ``total``: sum of X^T X in float32; ``sequences``: N."""
+    """Linears that see the same input share one Hessian.
+
+    ``own``: of the tokens that reached them. ``lent``: experts that too few tokens reached only: of the tokens of the
+    layer's other experts. ``inputs``: width of X. ``sequences``: N, the calibration sequences of the pass.
+    """
 
     names: list[str]
-    total: Tensor | None
-    sequences: int = 0
+    inputs: int
+    sequences: int
+    own: Moment = field(default_factory=Moment)
+    lent: Moment = field(default_factory=Moment)
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that reached these linears."""
+        return self.own.tokens
+
+    @property
+    def borrowed(self) -> float:
+        """Share of the Hessian that stands for lent tokens."""
+        return self._missing / (self.tokens + self._missing) if self._missing else 0.0
+
+    @property
+    def _missing(self) -> int:
+        return max(self.inputs - self.tokens, 0) if self.lent.tokens else 0
 
     def hessian(self) -> Tensor | None:
-        """``(2 / N) * sum_s X_s^T X_s`` (ALGORITHM 1.3); None if no calibration token came by."""
-        return None if self.total is None else self.total.mul_(2 / self.sequences)
+        """``(2 / N) * sum_s X_s^T X_s`` (ALGORITHM 1.3); None if no calibration token came by.
+
+        With fewer own tokens than inputs the sum has no full rank. It is then shrunk towards the lent tokens: as many
+        of these are added, at their average, as are missing. Without own tokens it is their average alone.
+        """
+        total = self.own.total
+        if self._missing and self.lent.total is not None:
+            lent = self.lent.total * (self._missing / self.lent.tokens)
+            total = lent if total is None else total + lent
+        return None if total is None else total * (2 / self.sequences)
+
+    def release(self) -> None:
+        """Free the sums; the counts stay."""
+        self.own.total = self.lent.total = None
+
+
+def waves(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
+    """The linears in parts whose Hessians take at most ``WAVE_BYTES`` together, if each had its own."""
+    wave: dict[str, nn.Linear] = {}
+    size = 0
+    for name, linear in linears.items():
+        more = 4 * linear.in_features**2
+        if wave and size + more > WAVE_BYTES:
+            yield wave
+            wave, size = {}, 0
+        wave[name] = linear
+        size += more
+    if wave:
+        yield wave
 
 
 def accumulate(
     layer: nn.Module, linears: dict[str, nn.Linear], calls: list[LayerCalls], index: int
 ) -> list[InputGroup]:
-    """One pass of all batches through the layer; every distinct input of a linear adds to one Hessian."""
+    """One pass of all batches through the layer; every distinct input of a linear adds to one Hessian.
+
+    Experts that fewer tokens reached than they have inputs get a second pass, in which they are shown the tokens that
+    went to the others. A linear outside of experts whose forward is never called is in no group: its model reads the
+    weight by another way.
+    """
+    groups = _own_moments(layer, linears, calls, index)
+    sequences = sum(call.hidden.shape[0] for call in calls)
+    experts = [expert for each in _expert_lists(layer) for expert in each]
+    of_experts = {id(module) for expert in experts for module in expert.modules()}
+    seen = {name for group in groups for name in group.names}
+    for name, linear in linears.items():
+        if name not in seen and id(linear) in of_experts:
+            groups.append(InputGroup([name], linear.in_features, sequences))
+    starved = [group for group in groups if group.tokens < group.inputs and id(linears[group.names[0]]) in of_experts]
+    if starved:
+        _lend(layer, {linears[group.names[0]]: group for group in starved}, calls, index)
+    return groups
+
+
+def _own_moments(
+    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[LayerCalls], index: int
+) -> list[InputGroup]:
     groups: dict[str, InputGroup] = {}  # by the name of its first linear
-    group_of: dict[str, str] = {}
-    seen: list[tuple[Tensor, str]] = []  # inputs of the current pass, kept alive so that identity means sameness
+    leader_of: dict[str, str] = {}
+    seen: dict[int, tuple[Tensor, str]] = {}  # inputs of the current pass, kept alive so that identity means sameness
+    sequences = sum(call.hidden.shape[0] for call in calls)
     mask: Tensor | None = None
 
-    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def hook(name: str, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
         states = args[0]
-        leader = next((first for tensor, first in seen if tensor is states), None)
-        if leader is None:
-            leader = group_of.setdefault(name, name)
-            seen.append((states, leader))
-            rows = _unpadded(states, mask).to(torch.float32)
-            if leader not in groups:
-                groups[leader] = InputGroup([], torch.zeros(rows.shape[-1], rows.shape[-1], device=rows.device))
-            total = groups[leader].total
-            assert total is not None
-            total.addmm_(rows.T, rows)
-            groups[leader].sequences += calls_size
-        if group_of.setdefault(name, leader) != leader:
+        if id(states) in seen:
+            leader = leader_of.setdefault(name, seen[id(states)][1])
+        else:
+            leader = leader_of.setdefault(name, name)
+            seen[id(states)] = states, leader
+            group = groups.setdefault(leader, InputGroup([], module.in_features, sequences))
+            group.own.add(_unpadded(states, mask))
+        if leader != seen[id(states)][1]:
             raise ArbCalibrationError(f"{name} shares its input with {leader} in one batch and not in another")
         if name not in groups[leader].names:
             groups[leader].names.append(name)
 
-    handles = [linear.register_forward_pre_hook(functools.partial(hook, name)) for name, linear in linears.items()]
-    try:
+    with _hooks((linear, functools.partial(hook, name)) for name, linear in linears.items()):
         for call in calls:
-            mask, calls_size = call.mask, call.hidden.shape[0]
-            run_layer(layer, call, index)
+            mask = call.mask
+            with _padding_unrouted(layer, mask):
+                run_layer(layer, call, index)
             seen.clear()
+    return list(groups.values())
+
+
+def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[LayerCalls], index: int) -> None:
+    """Show starved experts the tokens of all experts of their list, as if routed to them."""
+    lists = [(each, [e for e in each if any(m in starved for m in e.modules())]) for each in _expert_lists(layer)]
+    showing = False
+
+    def lend(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        if showing:
+            starved[module].lent.add(args[0].reshape(-1, args[0].shape[-1]))
+
+    def show(hungry: list[nn.Module], expert: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal showing
+        if showing:
+            return
+        showing = True
+        for each in hungry:
+            if any(_hungry(starved[module]) for module in each.modules() if module in starved):
+                each(*args)
+        showing = False
+
+    with (
+        _hooks((linear, lend) for linear in starved),
+        _hooks((expert, functools.partial(show, hungry)) for experts, hungry in lists if hungry for expert in experts),
+    ):
+        for call in calls:
+            if not any(_hungry(group) for group in starved.values()):
+                break
+            with _padding_unrouted(layer, call.mask):
+                run_layer(layer, call, index)
+
+
+def _hungry(group: InputGroup) -> bool:
+    return group.lent.tokens < ENOUGH_TOKENS * group.inputs
+
+
+def _expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
+    """The experts of each mixture in a decoder layer, whether they came as stacks or as a list of modules."""
+    lists: list[list[nn.Module]] = []
+    for name, module in layer.named_modules():
+        if isinstance(module, BinaryExperts):
+            lists.append(list(module.experts()))
+        elif isinstance(module, nn.ModuleList) and "expert" in name.rpartition(".")[2]:
+            lists.append(list(module))
+    return lists
+
+
+@contextmanager
+def _hooks(pairs) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    unseen = [InputGroup([name], None) for name in linears if name not in group_of]
-    return list(groups.values()) + unseen
+
+
+@contextmanager
+def _padding_unrouted(layer: nn.Module, mask: Tensor | None) -> Iterator[None]:
+    """Send padding to no expert: the rows an expert sees do not tell which of them are padding."""
+
+    def hide(module: BinaryExperts, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert mask is not None
+        padding = ~mask.to(args[0].device, torch.bool).reshape(-1)
+        if module.stacks.batched:
+            x = args[0].reshape(module.stacks.count, -1, args[0].shape[-1])
+            return (x.masked_fill(padding[None, :, None], 0).reshape(args[0].shape),)
+        return args[0], args[1].masked_fill(padding[:, None], module.stacks.count), args[2]
+
+    modules = [] if mask is None else [each for each in layer.modules() if isinstance(each, BinaryExperts)]
+    with _hooks((module, hide) for module in modules):
+        yield
 
 
 def _unpadded(states: Tensor, mask: Tensor | None) -> Tensor:
     """Inputs as rows ``[tokens, features]`` without those of padding, where they can be told apart."""
-    if mask is not None and states.shape[:-1] == mask.shape:
-        return states[mask.to(states.device, torch.bool)]
-    return states.reshape(-1, states.shape[-1])
+    rows = states.reshape(-1, states.shape[-1])
+    if mask is None or mask.numel() != rows.shape[0]:
+        return rows
+    return rows[mask.to(rows.device, torch.bool).reshape(-1)]

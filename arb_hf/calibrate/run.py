@@ -17,15 +17,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..binarize import BinaryWeight, SolveRecord, binarize_and_record
-from ..binarize.hessian import factorize
+from ..binarize.hessian import HessianFactor, factorize
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
 from ..nn import BinaryLinear
+from ..nn.linears import expose_linears
 from ..report import ArbReport, MatrixRecord
 from .capture import LayerCalls, capture, run_layer
 from .data import Batch, load_batches
-from .decoder import find_decoder_layers, find_linears
-from .hessians import InputGroup, accumulate
+from .decoder import find_decoder_layers, survey
+from .hessians import InputGroup, accumulate, waves
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
@@ -43,9 +44,9 @@ def binarize_model(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -
         ArbCalibrationError: unusable data or model; raised before the first forward pass wherever that can be known.
     """
     prefix, layers = find_decoder_layers(model)
-    linears = {index: dict(find_linears(layer, f"{prefix}.{index}", skip)) for index, layer in enumerate(layers)}
-    if not any(linears.values()):
-        raise ArbCalibrationError(f"no nn.Linear to binarize in {type(model).__name__}'s decoder layers {prefix!r}")
+    coverage = survey(model, prefix, layers, config, skip)
+    logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
+    coverage.require(config.minimum_coverage)
     batches = _load_data(model, config)
     report = ArbReport(
         config=config.to_dict(),
@@ -59,14 +60,25 @@ def binarize_model(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -
         clock = _Stages(report)
         with clock("capture"):
             calls = capture(model, layers, batches)
-        bar = transformers_logging.tqdm(total=len(layers), desc="Binarizing", unit="layer")
+        coverage = coverage.keeping(
+            [each.name for each in coverage.matrices if each.layer not in calls[0].arguments],
+            "its layer is not called on text",
+        )
+        coverage.require(config.minimum_coverage)
+        layer_of = {each.name: each.layer for each in coverage.matrices if each.kept is None}
+        linears = expose_linears(model, layer_of, verify=True)
+        bar = transformers_logging.tqdm(total=len(calls[0].arguments), desc="Binarizing", unit="layer")
         for index, layer in enumerate(layers):
-            binary = _binarize_layer(layer, linears[index], calls, index, config, clock)
+            if index not in calls[0].arguments:
+                continue
+            own = {name: linear for name, linear in linears.items() if layer_of[name] == index}
+            binary = _binarize_layer(layer, own, calls, index, config, clock)
             done = []
-            for name, (weight, record) in binary.items():
+            for name, (weight, record, group) in binary.items():
                 kind = name.removeprefix(f"{prefix}.{index}.")
-                done.append(MatrixRecord(name, index, kind, *weight.shape, weight.form.bits(), record))
-                modules[name] = {"salient_columns": weight.form.salient_columns}
+                bits, borrowed = weight.form.bits(), group.borrowed
+                done.append(MatrixRecord(name, index, kind, *weight.shape, bits, record, group.tokens, borrowed))
+                modules[name] = config.module_entry(name, weight.form.salient_columns)
             report.matrices.extend(done)
             errors = [each.solve.output_error for each in done if each.solve.output_error is not None]
             mean = sum(errors) / max(len(errors), 1)
@@ -74,6 +86,10 @@ def binarize_model(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -
             bar.update()
             logger.info("decoder layer %d of %d: mean output error %.4f", index + 1, len(layers), mean)
         bar.close()
+    unused = [name for name in linears if name not in modules]
+    if unused:
+        logger.warning("kept, because their models never called them: %s", ", ".join(unused))
+    report.coverage = coverage.keeping(unused, "its model does not call it")
     config.modules = modules
     return report
 
@@ -137,21 +153,22 @@ def _binarize_layer(
     index: int,
     config: ArbConfig,
     clock: _Stages,
-) -> dict[str, tuple[BinaryWeight, SolveRecord]]:
-    with clock("hessian"):
-        groups = accumulate(layer, linears, calls, index)
+) -> dict[str, tuple[BinaryWeight, SolveRecord, InputGroup]]:
     results = {}
-    for group in groups:
-        with clock("binarize"):
-            results.update(_binarize_group(group, linears, config))
-    for name, (weight, _) in results.items():
+    for wave in waves(linears):
+        with clock("hessian"):
+            groups = accumulate(layer, wave, calls, index)
+        for group in groups:
+            with clock("binarize"):
+                results.update(_binarize_group(group, linears, config))
+    for name, (weight, _, _) in results.items():
         # The next layer's inputs come through the binarized weights; dense for this one pass, decoded once.
         linears[name].weight.data = weight.rounded().dequantize().to(linears[name].weight.dtype)
     with clock("recompute"):
         for call in calls:
             call.hidden = run_layer(layer, call, index)
             _require_finite(call.hidden, index)
-    for name, (weight, _) in results.items():
+    for name, (weight, _, _) in results.items():
         linear = linears[name]
         replace_module(layer, linear, BinaryLinear.from_binary_weight(weight, linear.bias))
     return {name: results[name] for name in linears if name in results}
@@ -167,17 +184,17 @@ def _require_finite(hidden: Tensor, index: int) -> None:
 
 def _binarize_group(
     group: InputGroup, linears: dict[str, nn.Linear], config: ArbConfig
-) -> dict[str, tuple[BinaryWeight, SolveRecord]]:
-    hessian, options = group.hessian(), config.options()
-    first = linears[group.names[0]].weight
+) -> dict[str, tuple[BinaryWeight, SolveRecord, InputGroup]]:
+    hessian, first = group.hessian(), linears[group.names[0]].weight
+    factors: dict[float, HessianFactor] = {}
     results = {}
-    try:
-        factor = factorize(hessian, first.shape[1], options.damping, first.device)
-    except ArbCalibrationError as error:
-        raise ArbCalibrationError(f"{', '.join(group.names)}: {error}") from error
     for name in group.names:
+        options = config.options(name)
         try:
-            results[name] = binarize_and_record(linears[name].weight, hessian, factor, options)
+            if options.damping not in factors:
+                factors[options.damping] = factorize(hessian, first.shape[1], options.damping, first.device)
+            factor = factors[options.damping]
+            results[name] = *binarize_and_record(linears[name].weight, hessian, factor, options), group
         except ArbCalibrationError as error:
             raise ArbCalibrationError(f"{name}: {error}") from error
         if factor.data_free:
@@ -185,6 +202,7 @@ def _binarize_group(
             logger.warning("%s: binarized without data: %s", name, why)
         elif factor.damping > options.damping:
             logger.warning("%s: damping raised from %g to %g", name, options.damping, factor.damping)
+    group.release()
     return results
 
 

@@ -125,7 +125,8 @@ def _run(name: str, x: Tensor, *arguments) -> Tensor:
     tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
     form = form_of(tensors, *arguments[len(named) :])
     flat = getattr(kernel_for(x.device.type), name)(x.reshape(-1, x.shape[-1]), tensors, form)
-    return flat.reshape(*x.shape[:-1], flat.shape[-1])
+    # Not a view of it: models add to outputs in place (Llama-4), which autograd forbids on views made in here.
+    return torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], flat.shape[-1]))
 
 
 @torch.library.impl(_library, "binary_linear", "CompositeExplicitAutograd")

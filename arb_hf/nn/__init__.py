@@ -1,5 +1,6 @@
 """Binary modules."""
 
+from .experts import BinaryExperts
 from .linear import BinaryLinear
 
-__all__ = ["BinaryLinear"]
+__all__ = ["BinaryExperts", "BinaryLinear"]

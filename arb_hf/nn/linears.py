@@ -1,0 +1,106 @@
+"""Between a model's own modules and plain linears: stacked experts and ``Conv1D`` become ``nn.Linear``, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ArbCalibrationError
+from .experts import BinaryExperts, find_stacks, linear_from
+from .linear import BinaryLinear
+
+
+def expose_linears(model: nn.Module, names: Iterable[str], verify: bool = False) -> dict[str, nn.Linear]:
+    """In place: make every named weight matrix an ``nn.Linear`` of that name; returns those.
+
+    Modules with stacked experts of which one is named come apart as a whole (:class:`BinaryExperts`); a ``Conv1D``
+    becomes the linear with the transposed weight. The linears share the memory of what they stand for.
+
+    Args:
+        names: full names of matrices; one that the model lacks is left out of the result.
+        verify: run the first module of experts of each class before and after, on random tokens.
+
+    Raises:
+        ArbCalibrationError: experts computed one by one do not give what the original module gives.
+    """
+    wanted = list(names)
+    prefixes = {name.rsplit(".", 2)[0] for name in wanted}
+    verified: set[type] = set()
+    for name, module in list(model.named_modules()):
+        stacks = find_stacks(module) if name in prefixes else None
+        if stacks is None:
+            continue
+        check = verify and type(module) not in verified
+        verified.add(type(module))
+        inputs = _probe(module, stacks.count, stacks.outer, stacks.batched) if check else None
+        before = None if inputs is None else module(*inputs)
+        experts = BinaryExperts.unstack(module, stacks)
+        if inputs is not None and before is not None and not _close(experts(*inputs), before):
+            raise ArbCalibrationError(
+                f"{name}: {type(module).__name__} does more with its experts than arb_hf knows of; "
+                f"keep them in full precision with overrides={{'*{name.rpartition('.')[2]}': None}}"
+            )
+        _put(model, name, experts)
+    modules = dict(model.named_modules())
+    linears = {}
+    for name in wanted:
+        module = modules.get(name)
+        if isinstance(module, Conv1D):
+            module = linear_from(module.weight.T, module.bias)
+            _put(model, name, module)
+        if isinstance(module, nn.Linear):
+            linears[name] = module
+    return linears
+
+
+def _probe(experts: nn.Module, count: int, width: int, batched: bool) -> tuple[Tensor, ...]:
+    """Random tokens that reach up to four experts."""
+    parameter = next(experts.parameters())
+    generator, tokens = torch.Generator().manual_seed(0), 4
+    x = torch.randn(tokens, width, generator=generator).to(parameter)
+    if batched:
+        routed = torch.zeros(count, tokens, width).to(parameter)
+        for token in range(tokens):
+            routed[token % count, token] = x[token]
+        return (routed.reshape(-1, width),)
+    index = torch.arange(tokens, device=parameter.device)[:, None] % count
+    return x, index, torch.linspace(0.5, 1, tokens)[:, None].to(parameter)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    scale = other.float().norm()
+    return bool((one.float() - other.float()).norm() <= 16 * torch.finfo(other.dtype).eps * scale + 1e-30)
+
+
+def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """In place: every binary linear becomes, in ``dtype``, the module that the model's own class has in its place."""
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    experts = {name: each for name, each in model.named_modules() if isinstance(each, BinaryExperts)}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BinaryLinear):
+            weight = module.binary_weight().dequantize(dtype)
+            dense: nn.Module = linear_from(weight, None if module.bias is None else module.bias.detach().to(dtype))
+            if not any(name.startswith(f"{each}.") for each in experts):
+                dense = _filled(skeleton.get_submodule(name), dense)
+            _put(model, name, dense)
+    for name, module in experts.items():
+        _put(model, name, module.restack(skeleton.get_submodule(name)))
+
+
+def _filled(empty: nn.Module, linear: nn.Module) -> nn.Module:
+    weight = linear.weight.T.contiguous() if isinstance(empty, Conv1D) else linear.weight
+    empty.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        empty.bias = linear.bias
+    return empty
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module.train(model.training))
