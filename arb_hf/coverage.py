@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .errors import ArbCalibrationError
@@ -94,17 +94,19 @@ class Coverage:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: the totals and the lines of the table."""
+        """JSON-ready: the totals and every matrix."""
         return {
             "share": self.share,
             "weights": self.weights,
             "binarized": self.binarized,
             "outside": self.outside,
-            "kinds": [
-                {"kind": kind, "kept": kept, "count": count, "weights": weights}
-                for kind, kept, count, weights in self.groups()
-            ],
+            "matrices": [asdict(each) for each in self.matrices],
         }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Coverage:
+        """Inverse of :meth:`to_dict`."""
+        return cls(tuple(Matrix(**each) for each in data["matrices"]), int(data["outside"]))
 
 
 def _kind(name: str) -> str:

@@ -8,12 +8,16 @@ import io
 import json
 import os
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .binarize import SolveRecord
 from .coverage import Coverage
+from .errors import ArbFormatError
+
+REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,28 @@ class MatrixRecord:
         return flat | flat.pop("solve")
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One quality figure of the packed model.
+
+    Attributes:
+        metric: ``"perplexity"``, ``"acc"`` or ``"acc_norm"``.
+        data: what it was measured on: a data set's name or a file's.
+        protocol: how, in words: ``"40 windows of 512 tokens"``.
+        value: of the packed model.
+        baseline: of the original in full precision by the same protocol, or None.
+    """
+
+    metric: str
+    data: str
+    protocol: str
+    value: float
+    baseline: float | None = None
+
+
 @dataclass
 class ArbReport:
-    """The record of a run, on ``model.arb_report``.
+    """The record of a run, on ``model.arb_report``; kept beside a saved model as ``arb_report.json``.
 
     Attributes:
         config: the options used (``ArbConfig.to_dict()``).
@@ -56,6 +79,7 @@ class ArbReport:
         coverage: what was binarized and what was kept, and why.
         stages: seconds spent per stage of the run.
         versions: of the packages that took part.
+        measurements: quality figures, added by :meth:`add`.
     """
 
     config: dict[str, Any]
@@ -65,7 +89,49 @@ class ArbReport:
     matrices: list[MatrixRecord] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     versions: dict[str, str] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
     coverage: Coverage | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ArbReport:
+        """Inverse of :meth:`to_dict`; entries that a newer version added are left out.
+
+        Raises:
+            ArbFormatError: a part is missing or of another kind.
+        """
+        try:
+            return cls(
+                config=dict(data["config"]),
+                model=str(data["model"]),
+                samples=int(data["samples"]),
+                tokens=int(data["tokens"]),
+                matrices=[_matrix(row) for row in data["matrices"]],
+                stages=defaultdict(float, data["stages"]),
+                versions=dict(data["versions"]),
+                measurements=[_known(Measurement, each) for each in data.get("measurements", [])],
+                coverage=Coverage.from_dict(data["coverage"]) if data.get("coverage") else None,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArbFormatError(f"not a report of an arb_hf run: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> ArbReport:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ArbFormatError: the file is not such a report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArbFormatError(f"{path}: not JSON ({error})") from error
+        return cls.from_dict(data)
+
+    def add(self, measurement: Measurement) -> None:
+        """Keep a quality figure, instead of an earlier one of the same metric, data and protocol."""
+        key = (measurement.metric, measurement.data, measurement.protocol)
+        self.measurements = [each for each in self.measurements if (each.metric, each.data, each.protocol) != key]
+        self.measurements.append(measurement)
 
     @property
     def bits_per_weight(self) -> float:
@@ -75,8 +141,7 @@ class ArbReport:
     @property
     def output_error(self) -> float:
         """Mean relative output error of the matrices that have one."""
-        errors = [each.solve.output_error for each in self.matrices if each.solve.output_error is not None]
-        return sum(errors) / len(errors) if errors else 0.0
+        return _mean_error(self.matrices)
 
     @property
     def starved(self) -> list[MatrixRecord]:
@@ -98,6 +163,7 @@ class ArbReport:
             "seconds": self.seconds,
             "stages": dict(self.stages),
             "versions": self.versions,
+            "measurements": [dataclasses.asdict(each) for each in self.measurements],
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "starved": len(self.starved),
             "matrices": [each.row() for each in self.matrices],
@@ -123,11 +189,7 @@ class ArbReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("report.plot() needs matplotlib: pip install 'arb_hf[plot]'") from error
-        figure = Figure(figsize=(9, 6), layout="constrained")
+        figure = _figure()
         errors, bits = figure.subplots(2, 1, sharex=True)
         for kind, records in self.by_kind().items():
             layers = [each.layer for each in records]
@@ -137,7 +199,7 @@ class ArbReport:
             ylabel="relative output error",
             title=f"{self.model}: {self.config['method']}, {self.bits_per_weight:.2f} bits per weight",
         )
-        errors.legend(fontsize="small", ncols=2)
+        errors.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         bits.set(xlabel="decoder layer", ylabel="bits per weight")
         for axes in (errors, bits):
             axes.grid(alpha=0.3)
@@ -149,6 +211,10 @@ class ArbReport:
         for record in self.matrices:
             kinds.setdefault(record.kind, []).append(record)
         return kinds
+
+    def errors_by_kind(self) -> dict[str, float]:
+        """Mean relative output error by kind of matrix; 0 for a kind that has none."""
+        return {kind: _mean_error(records) for kind, records in self.by_kind().items()}
 
     def table(self) -> str:
         """A table by kind of matrix: count, shape, mean output error, bits per weight."""
@@ -163,6 +229,62 @@ class ArbReport:
             f"{'all':<28}{len(self.matrices):>6}{'':>16}{self.output_error:>14.4f}{self.bits_per_weight:>13.3f}"
         )
         return "\n".join(lines)
+
+
+def plot_comparison(reports: Mapping[str, ArbReport], path: str | os.PathLike) -> None:
+    """Mean output error by decoder layer and by kind of matrix, a colour per run, to an image file.
+
+    Args:
+        reports: the runs by the names to draw them under.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure()
+    layers, kinds = figure.subplots(2, 1)
+    names = list(dict.fromkeys(kind for report in reports.values() for kind in report.by_kind()))
+    width = 0.8 / len(reports)
+    for index, (label, report) in enumerate(reports.items()):
+        by_layer: dict[int, list[MatrixRecord]] = defaultdict(list)
+        for record in report.matrices:
+            by_layer[record.layer].append(record)
+        text = f"{label}: {report.config['method']}, {report.bits_per_weight:.2f} bits per weight"
+        layers.plot(list(by_layer), [_mean_error(each) for each in by_layer.values()], marker=".", label=text)
+        by_kind = report.by_kind()
+        kinds.bar(
+            [position + index * width for position in range(len(names))],
+            [_mean_error(by_kind.get(name, [])) for name in names],
+            width,
+        )
+    layers.set(xlabel="decoder layer", ylabel="mean relative output error")
+    layers.legend(fontsize="small")
+    kinds.set(ylabel="mean relative output error")
+    kinds.set_xticks([position + 0.4 - width / 2 for position in range(len(names))], names, fontsize="small")
+    for axes in (layers, kinds):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'arb_hf[plot]'") from error
+    return Figure(figsize=(9, 6), layout="constrained")
+
+
+def _mean_error(records: Sequence[MatrixRecord]) -> float:
+    errors = [each.solve.output_error for each in records if each.solve.output_error is not None]
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def _known(kind: Any, entries: dict[str, Any]) -> Any:
+    """A dataclass from those entries that it has."""
+    return kind(**{each.name: entries[each.name] for each in dataclasses.fields(kind) if each.name in entries})
+
+
+def _matrix(row: dict[str, Any]) -> MatrixRecord:
+    return _known(MatrixRecord, row | {"solve": _known(SolveRecord, row)})
 
 
 def _written(text: str, path: str | os.PathLike | None) -> str:

