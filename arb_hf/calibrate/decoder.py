@@ -106,7 +106,7 @@ def survey(
                 if pattern is not None:
                     reason = f"overrides has {pattern!r}: None"
                 elif is_skipped(full, skip):
-                    reason = "in modules_to_not_convert"
+                    reason = "in modules_to_not_convert" if is_skipped(full, asked) else "head or tied to one"
                 elif why is not None:
                     reason = why
                 elif not plain:
