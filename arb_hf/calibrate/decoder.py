@@ -103,6 +103,7 @@ def survey(
             for matrix, shape, plain in _matrices(module):
                 full = ".".join(part for part in (prefix, str(index), name, matrix) if part)
                 pattern = config.keeps(full)
+                reason: str | None
                 if pattern is not None:
                     reason = f"overrides has {pattern!r}: None"
                 elif is_skipped(full, skip):
