@@ -1,0 +1,158 @@
+"""Whole-model comparisons under one protocol: perplexity, gap to full precision, true bits, seconds.
+
+    python examples/benchmarks/protocol.py --model MODEL --data FOLDER --method arb-rc --refinement paper full --seeds 0 1 2
+
+FOLDER holds ``wiki.valid.raw`` (calibration), ``wiki.test.raw`` (evaluation) and, for ``--calibration c4``,
+``c4.calib.jsonl`` with a ``text`` field a line. Calibration: 32 windows of 512 tokens of the joined text, starts drawn
+by a generator seeded with the run's seed. Evaluation: the first 40 non-overlapping windows of 512 tokens, float32;
+perplexity = exp(mean negative log-likelihood of the 511 predicted tokens of each window). The gap is
+log(perplexity) - log(perplexity in full precision).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import arb_hf
+from arb_hf import ArbConfig
+
+LENGTH = 512
+CALIBRATION_WINDOWS = 32
+EVALUATION_WINDOWS = 40
+
+
+@dataclass
+class Run:
+    """One binarized model and what it reached; a full-precision run has no options."""
+
+    seed: int | None
+    perplexity: float
+    gap: float
+    bits_per_weight: float
+    seconds: float
+    calibration: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def line(self) -> str:
+        name = " ".join(f"{key}={value}" for key, value in self.options.items()) or "full precision"
+        seed = "" if self.seed is None else f"seed {self.seed} "
+        return f"{name:90s} {seed}ppl {self.perplexity:9.2f}  gap {self.gap:6.3f}  bits {self.bits_per_weight:6.3f}  {self.seconds:6.0f} s"
+
+
+def read_wikitext(path: Path) -> str:
+    """A raw WikiText file, line by line as the ``datasets`` loader gives it, joined by blank lines."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    return "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
+
+
+def read_jsonl(path: Path) -> str:
+    """The ``text`` fields of a JSON-lines file, joined by blank lines."""
+    return "\n\n".join(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line)
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """The whole text as one string, without special tokens: int64 ``[tokens]``."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def calibration_windows(tokens: Tensor, seed: int) -> list[Tensor]:
+    """32 windows ``[512]`` at starts drawn by a local generator."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(tokens) - LENGTH, (CALIBRATION_WINDOWS,), generator=generator)
+    return [tokens[start : start + LENGTH] for start in starts.tolist()]
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokens: Tensor, windows: int = EVALUATION_WINDOWS) -> float:
+    """exp(mean NLL) over the first non-overlapping windows."""
+    total = 0.0
+    for window in tokens[: windows * LENGTH].view(windows, LENGTH):
+        logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, window[1:].to(logits.device), reduction="sum").item()
+    return math.exp(total / (windows * (LENGTH - 1)))
+
+
+def binarize(path: str, windows: list[Tensor], seed: int, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, float]:
+    """The binarized model and the seconds it took."""
+    config = ArbConfig(dataset=windows, num_samples=len(windows), sequence_length=LENGTH, seed=seed, **options)
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype).eval()
+    return model, time.perf_counter() - start
+
+
+def calibration_tokens(name: str, data: Path, tokenizer: Any) -> Tensor:
+    if name == "wiki":
+        return tokenize(tokenizer, read_wikitext(data / "wiki.valid.raw"))
+    return tokenize(tokenizer, read_jsonl(data / "c4.calib.jsonl"))
+
+
+def options_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One set of :class:`ArbConfig` options per method and refinement asked for."""
+    extra = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in arguments.option)}
+    return [
+        {"method": method, "refinement": refinement, **extra}
+        for method in arguments.method
+        for refinement in arguments.refinement
+    ]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model's path or name")
+    parser.add_argument("--data", required=True, type=Path, help="folder with wiki.valid.raw and wiki.test.raw")
+    parser.add_argument("--method", nargs="+", default=["arb-rc"])
+    parser.add_argument("--refinement", nargs="+", default=["paper", "full"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki")
+    parser.add_argument(
+        "--option", nargs="*", default=[], metavar="KEY=JSON", help="more ArbConfig options, as in scale_dtype='\"int8\"'"
+    )
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--json", type=Path, help="append one JSON line per run to this file")
+    parser.add_argument("--quick", action="store_true", help="4 evaluation windows and 4 calibration windows: a smoke test")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    evaluation = tokenize(tokenizer, read_wikitext(arguments.data / "wiki.test.raw"))
+    calibration = calibration_tokens(arguments.calibration, arguments.data, tokenizer)
+    count = 4 if arguments.quick else EVALUATION_WINDOWS
+
+    def report(run: Run) -> None:
+        print(run.line(), flush=True)
+        if arguments.json:
+            with arguments.json.open("a") as file:
+                file.write(json.dumps(asdict(run)) + "\n")
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    full = perplexity(model, evaluation, count)
+    report(Run(None, full, 0.0, 32.0, 0.0))
+    del model
+    for options in options_of(arguments):
+        for seed in arguments.seeds:
+            windows = calibration_windows(calibration, seed)[: 4 if arguments.quick else None]
+            model, seconds = binarize(arguments.model, windows, seed, options, torch.float32)
+            value = perplexity(model, evaluation, count)
+            gap = math.log(value) - math.log(full)
+            report(Run(seed, value, gap, arb_hf.bits_per_weight(model), seconds, arguments.calibration, options))
+            del model
+
+
+if __name__ == "__main__":
+    main()
