@@ -1,0 +1,36 @@
+"""arb_hf: binary language models for Hugging Face Transformers (ARB-LLM, arXiv 2410.03129).
+
+Importing this package registers :class:`ArbConfig` with transformers, for binarizing and for loading packed models.
+"""
+
+from transformers.quantizers import auto as _auto
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+
+from . import nn
+from .binarize import BinaryWeight, binarize_weight
+from .config import QUANT_METHOD, ArbConfig
+from .errors import ArbCalibrationError, ArbFormatError
+from .hub import from_pretrained
+from .inspection import bits_per_weight, dequantize, summary
+from .quantizer import ArbHfQuantizer
+from .report import ArbReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArbCalibrationError",
+    "ArbConfig",
+    "ArbFormatError",
+    "ArbReport",
+    "BinaryWeight",
+    "binarize_weight",
+    "bits_per_weight",
+    "dequantize",
+    "from_pretrained",
+    "nn",
+    "summary",
+]
+
+if QUANT_METHOD not in _auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reload must not register twice
+    register_quantization_config(QUANT_METHOD)(ArbConfig)
+    register_quantizer(QUANT_METHOD)(ArbHfQuantizer)

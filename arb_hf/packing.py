@@ -19,10 +19,10 @@ tensor                    type, shape                    holds
 ========================  =============================  =====================================================
 
 **Stored column order.** Within each block the salient columns come first, then the ordinary ones, each in ascending
-order. Planes and ``column_scales`` follow this order over all m columns; a block starts at a multiple of its size, hence
-(block sizes are multiples of 32) at a word boundary. The order is a function of ``salient_columns`` alone. Planes and
-scales of salient columns only (``salient_groups``, ``salient_column_scales``, the one-group ``second_plane``) number the
-salient columns of the layer 0..c-1 in ascending order, blocks one after the other without gaps.
+order. Planes and ``column_scales`` follow this order over all m columns; a block starts at a multiple of its size,
+hence (block sizes are multiples of 32) at a word boundary. The order is a function of ``salient_columns`` alone. Planes
+and scales of salient columns only (``salient_groups``, ``salient_column_scales``, the one-group ``second_plane``) number
+the salient columns of the layer 0..c-1 in ascending order, blocks one after the other without gaps.
 
 **Bits.** Column k of a plane is bit k % 32 (from the least significant) of word k // 32; rows are the contiguous axis.
 A set bit is a sign of +1, or the large-magnitude group. Bits past the last column are 0.
@@ -30,8 +30,8 @@ A set bit is a sign of +1, or the large-magnitude group. Bits past the last colu
 **Values**, with g the group, r the row parameters of the block and s = +-1:
 
 * ordinary: ``r[g] * column_scales[g] * s``, or ``r[g] * s + r[mean g]``;
-* salient: the same over two orders, ``r[groups + 2g] * k[2g] * s1 + r[groups + 2g + 1] * k[2g + 1] * s2`` (+ mean), where k
-  is the list of a salient column's scales: first its ``column_scales`` rows, then its ``salient_column_scales`` rows.
+* salient: the same over two orders, ``r[groups + 2g] * k[2g] * s1 + r[groups + 2g + 1] * k[2g + 1] * s2`` (+ mean),
+  where k is the list of a salient column's scales: its ``column_scales`` rows, then its ``salient_column_scales`` rows.
 
 Slots of ``row_parameters``: scales of the ordinary groups, then for each salient group its first and second order, then
 (methods with means) the means of the ordinary groups and of the salient groups. int8 column scales are code / 127.
@@ -151,5 +151,3 @@ def unpack(tensors: dict[str, Tensor], form: BinaryForm) -> BinaryWeight:
         column_scales=None if columns is None else columns[:, back],
         salient_column_scales=decode_columns(tensors.get("salient_column_scales")),
     )
-
-

@@ -1,0 +1,202 @@
+"""`ArbConfig`: every choice of a run, validated when made, and stored in ``config.json``."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .binarize.options import METHODS, REFINEMENTS, SALIENT_METRICS, BinarizeOptions
+from .errors import ArbFormatError
+from .form import SCALE_DTYPES, WORD, BinaryForm
+from .packing import FORMAT_VERSION
+
+QUANT_METHOD = "arb_hf"
+MAX_BLOCK_SIZE = 65536
+# Objects a user may pass that have no place in JSON; copies of the config share them.
+SHARED = ("dataset", "tokenizer")
+
+
+class ArbConfig(QuantizationConfigMixin):
+    """How to binarize a model, for ``from_pretrained(..., quantization_config=ArbConfig(...))``.
+
+    Args:
+        method: ``"arb-rc"`` (row and column scales), ``"arb-x"`` (calibrated row scales and means), ``"arb"`` (row
+            scales and means) or ``"billm"`` (the same without refinement).
+        block_size: columns that share one row scale, a multiple of 32.
+        column_group_bitmap: two magnitude groups for salient columns too. No effect with ``group_bitmap=False``.
+        group_bitmap: two magnitude groups per row and block; False: one group, about 1.3 bits per weight.
+        iterations: rounds of alternating refinement (the paper's 15).
+        salient_metric: rank columns by ``"hessian"`` saliency or by weight ``"magnitude"``.
+        max_salient_columns: salient columns per block stay below this number.
+        damping: added to H's diagonal, as a fraction of its mean.
+        refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README.
+        dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``), a path (.txt, .raw, .jsonl,
+            .parquet), a list of strings, chats, token tensors or ``{"input_ids", "attention_mask"}``, or a
+            ``datasets.Dataset``.
+        num_samples, sequence_length: calibration windows and their length in tokens.
+        batch_size: windows per forward pass.
+        seed: of the windows' positions; the global random state is never touched.
+        tokenizer: a name, a tokenizer, or None for the model's own.
+        modules_to_not_convert: names to keep in full precision, **added to** the default list (heads, embeddings).
+        scale_dtype: storage of scales and means: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
+        checkpoint_dir: folder in which finished decoder layers are kept, to resume from after a crash.
+        format_version: of the packed format; set by the package.
+        modules: what was binarized and how; set by a run, read when a packed model is loaded.
+
+    Raises:
+        ValueError: an option has a value that is not allowed; the message names all three.
+    """
+
+    def __init__(
+        self,
+        method: str = "arb-rc",
+        block_size: int = 128,
+        column_group_bitmap: bool = True,
+        group_bitmap: bool = True,
+        iterations: int = 15,
+        salient_metric: str = "hessian",
+        max_salient_columns: int = 50,
+        damping: float = 0.01,
+        refinement: str = "paper",
+        dataset: Any = "c4",
+        num_samples: int = 128,
+        sequence_length: int = 2048,
+        batch_size: int = 1,
+        seed: int = 0,
+        tokenizer: Any = None,
+        modules_to_not_convert: list[str] | None = None,
+        scale_dtype: str = "float16",
+        checkpoint_dir: str | os.PathLike | None = None,
+        format_version: int = FORMAT_VERSION,
+        modules: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = kwargs.pop("quant_method", QUANT_METHOD)  # type: ignore[assignment]
+        self.method = method
+        self.block_size = block_size
+        self.column_group_bitmap = column_group_bitmap
+        self.group_bitmap = group_bitmap
+        self.iterations = iterations
+        self.salient_metric = salient_metric
+        self.max_salient_columns = max_salient_columns
+        self.damping = damping
+        self.refinement = refinement
+        self.dataset = dataset
+        self.num_samples = num_samples
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.modules_to_not_convert = modules_to_not_convert
+        self.scale_dtype = scale_dtype
+        self.checkpoint_dir = None if checkpoint_dir is None else os.fspath(checkpoint_dir)
+        self.format_version = format_version
+        self.modules = modules
+        if kwargs:
+            unknown = ", ".join(sorted(map(str, kwargs)))
+            warnings.warn(f"ArbConfig does not know {unknown}: ignored (written by a newer arb_hf?)", stacklevel=2)
+        self._validate()
+        if not self.group_bitmap:
+            self.column_group_bitmap = False
+
+    def _validate(self) -> None:
+        self._one_of("quant_method", (QUANT_METHOD,))
+        self._one_of("method", METHODS)
+        self._integer("block_size", WORD, MAX_BLOCK_SIZE)
+        if self.block_size % WORD:
+            self._refuse("block_size", f"a multiple of {WORD}")
+        self._one_of("column_group_bitmap", (True, False))
+        self._one_of("group_bitmap", (True, False))
+        self._integer("iterations", 1, 10_000)
+        self._one_of("salient_metric", SALIENT_METRICS)
+        self._integer("max_salient_columns", 1, MAX_BLOCK_SIZE)
+        self._number("damping")
+        self._one_of("refinement", REFINEMENTS)
+        self._integer("num_samples", 1)
+        self._integer("sequence_length", 1)
+        self._integer("batch_size", 1)
+        self._integer("seed", 0)
+        self._one_of("scale_dtype", tuple(SCALE_DTYPES))
+        self._integer("format_version", 1)
+        names = self.modules_to_not_convert
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            self._refuse("modules_to_not_convert", "a list of module names, or None")
+        if self.modules is not None:
+            self._validate_modules()
+
+    def _validate_modules(self) -> None:
+        if not isinstance(self.modules, dict):
+            self._refuse("modules", "a mapping from module name to its options, or None")
+            return
+        for name, entry in self.modules.items():
+            count = entry.get("salient_columns") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(f"ArbConfig: modules[{name!r}] is {entry!r}; allowed: {{'salient_columns': a count}}")
+
+    def _refuse(self, option: str, allowed: str) -> None:
+        raise ValueError(f"ArbConfig: {option}={getattr(self, option)!r} is not allowed; allowed: {allowed}")
+
+    def _one_of(self, option: str, values: tuple) -> None:
+        value = getattr(self, option)
+        if not any(value is each or (value == each and type(value) is type(each)) for each in values):
+            self._refuse(option, ", ".join(map(repr, values)))
+
+    def _integer(self, option: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, option)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            self._refuse(option, f"an integer from {low}" + ("" if high is None else f" to {high}"))
+
+    def _number(self, option: str) -> None:
+        value = getattr(self, option)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            self._refuse(option, "a finite number from 0")
+
+    def options(self) -> BinarizeOptions:
+        """The part that the mathematics of one matrix needs."""
+        return BinarizeOptions(**{name: getattr(self, name) for name in BinarizeOptions.__dataclass_fields__})
+
+    def form(self, name: str, out_features: int, in_features: int) -> BinaryForm:
+        """The form of a binarized module, from what ``modules`` holds about it."""
+        assert self.modules is not None
+        return BinaryForm(
+            out_features=out_features,
+            in_features=in_features,
+            salient_columns=self.modules[name]["salient_columns"],
+            block_size=self.block_size,
+            groups=2 if self.group_bitmap else 1,
+            salient_groups=2 if self.column_group_bitmap else 1,
+            has_column_scales=self.options().has_column_scales,
+            scale_dtype=self.scale_dtype,
+        )
+
+    def check_format_version(self) -> None:
+        """Raise :class:`ArbFormatError` for a checkpoint of a later format than this version reads."""
+        if self.format_version > FORMAT_VERSION:
+            raise ArbFormatError(
+                f"config.json: format_version {self.format_version} is newer than {FORMAT_VERSION}, the newest this "
+                "arb_hf reads: pip install --upgrade arb_hf"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready. Data and tokenizers given as objects become None: they have no name to store."""
+        stored = {key: value for key, value in self.__dict__.items() if key not in SHARED}
+        stored = copy.deepcopy(stored)
+        for key in SHARED:
+            value = getattr(self, key)
+            stored[key] = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+        return stored
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict) -> ArbConfig:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = value if key in SHARED else copy.deepcopy(value, memo)
+        return new

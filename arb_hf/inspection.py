@@ -1,0 +1,65 @@
+"""What a model is made of: true bits, a table, and the way back to dense layers."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .checkpoint import binary_modules
+from .quantizer import replace_by_dense
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """True bits per binarized weight: every stored bit of the binary layers, bias apart, over the weights they replace.
+
+    Raises:
+        ValueError: the model has no binary layers.
+    """
+    forms = [module.form for module in binary_modules(model).values()]
+    if not forms:
+        raise ValueError("this model has no binary layers")
+    return sum(form.bits() for form in forms) / sum(form.out_features * form.in_features for form in forms)
+
+
+def summary(model: nn.Module) -> str:
+    """A table of the binary layers by kind, and of what was kept: weights, bits per weight, bytes.
+
+    Printed by ``print(arb_hf.summary(model))``.
+    """
+    binary = binary_modules(model)
+    rows: dict[str, list[int]] = {}
+    for name, module in binary.items():
+        row = rows.setdefault(_kind(name), [0, 0, 0])
+        row[0] += 1
+        row[1] += module.form.out_features * module.form.in_features
+        row[2] += module.form.bits()
+    inside = {
+        id(parameter) for module in binary.values() for name, parameter in module.named_parameters() if name != "bias"
+    }
+    kept = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    total, total_bits = sum(row[1] for row in rows.values()), sum(row[2] for row in rows.values())
+    kept_weights = sum(parameter.numel() for parameter in kept)
+    kept_bits = sum(parameter.numel() * parameter.element_size() * 8 for parameter in kept)
+    lines = [f"{'kind':<28}{'layers':>8}{'weights':>14}{'bits/weight':>13}{'MB':>10}"]
+    lines += [_line(kind, count, weights, bits) for kind, (count, weights, bits) in rows.items()]
+    lines.append(_line("all binary layers", len(binary), total, total_bits))
+    lines.append(_line("kept (embeddings, norms...)", "", kept_weights, kept_bits))
+    lines.append(_line("whole model", "", total + kept_weights, total_bits + kept_bits))
+    return "\n".join(lines)
+
+
+def _line(kind: str, count: int | str, weights: int, bits: int) -> str:
+    return f"{kind:<28}{count:>8}{weights:>14,}{bits / max(weights, 1):>13.3f}{bits / 8e6:>10.2f}"
+
+
+def _kind(name: str) -> str:
+    """The name within the decoder layer: what follows the last number."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """In place: back to dense ``nn.Linear`` layers in the model's dtype, for export or comparison; returns it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return replace_by_dense(model, model.dtype) if quantizer is None else quantizer.dequantize(model)
