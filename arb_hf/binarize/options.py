@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 METHODS = ("arb-rc", "arb-x", "arb", "billm")
 SALIENT_METRICS = ("hessian", "magnitude")
-REFINEMENTS = ("paper",)
+REFINEMENTS = ("paper", "full")
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
