@@ -158,7 +158,7 @@ class ArbConfig(QuantizationConfigMixin):
 
     def options(self) -> BinarizeOptions:
         """The part that the mathematics of one matrix needs."""
-        return BinarizeOptions(**{name: getattr(self, name) for name in BinarizeOptions.__dataclass_fields__})
+        return BinarizeOptions.of(self)
 
     def form(self, name: str, out_features: int, in_features: int) -> BinaryForm:
         """The form of a binarized module, from what ``modules`` holds about it."""

@@ -74,7 +74,7 @@ def unpack_bits(words: Tensor, count: int) -> Tensor:
     """int32 ``[w, n]`` -> bool ``[n, count]``; inverse of :func:`pack_bits`."""
     shifts = torch.arange(WORD, dtype=torch.int32, device=words.device)
     bits = (words[:, None, :] >> shifts[:, None]) & 1
-    return bits.reshape(-1, words.shape[1])[:count].T.to(torch.bool)
+    return bits.reshape(words.shape[0] * WORD, words.shape[1])[:count].T.to(torch.bool)
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 METHODS = ("arb-rc", "arb-x", "arb", "billm")
 SALIENT_METRICS = ("hessian", "magnitude")
@@ -24,6 +25,11 @@ class BinarizeOptions:
     damping: float = 0.01
     refinement: str = "paper"
     scale_dtype: str = "float16"
+
+    @classmethod
+    def of(cls, config: Any) -> BinarizeOptions:
+        """The options among a config's attributes (an :class:`arb_hf.ArbConfig`, or options already)."""
+        return config if isinstance(config, cls) else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 
     @property
     def has_column_scales(self) -> bool:

@@ -1,21 +1,20 @@
 """Which columns of a block are salient, and which weights fall in which group (ALGORITHM 3).
 
 Everything here looks only at the metric ``T [n, k]`` of a block: signed weights (magnitude metric) or OBS saliencies
-(hessian metric). Candidates are judged by plain residual binarization of T, as the published search does.
+(hessian metric). Candidates are judged by plain residual binarization of T, as the published search does: of the float32
+means of their errors over the block the first smallest wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .fit import binarize_residual
+from . import native, search
 
 THRESHOLDS = 81  # quantiles 0.10, 0.11, ..., 0.90
-SmallLargeError = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,34 +31,28 @@ def saliency(values: Tensor, diagonal: Tensor, metric: str) -> Tensor:
 
 
 def find_salient_columns(metric: Tensor, limit: int) -> Tensor:
-    """The 1 to ``limit - 1`` columns whose second sign lowers the error of T most (ALGORITHM 3.3): bool ``[k]``."""
+    """The 1 to ``limit - 1`` columns whose second sign lowers the error of T most (ALGORITHM 3.3): bool ``[k]``.
+
+    A block of a single column has none.
+    """
     ranking = torch.topk(metric.abs().sum(0), metric.shape[1]).indices
-    ranked = metric[:, ranking]
-    ones = torch.ones_like(ranked)
-    best, count = torch.inf, 0
-    for i in range(1, min(limit, ranked.shape[1])):
-        parts = (ranked[:, :i], ranked[:, i:])
-        kept = [binarize_residual(part, ones[:, : part.shape[1]], 2).values() for part in parts]
-        error = single_mean(sum(_square_sum(part - keep) for part, keep in zip(parts, kept, strict=True)), metric)
-        if error < best:
-            best, count = error, i
     salient = torch.zeros(metric.shape[1], dtype=torch.bool, device=metric.device)
-    salient[ranking[:count]] = True
+    candidates = min(limit, metric.shape[1]) - 1
+    if candidates > 0:
+        errors = search.salient_errors(metric[:, ranking], candidates)
+        salient[ranking[: first_smallest(errors, metric) + 1]] = True
     return salient
 
 
-def single_mean(total: Tensor, metric: Tensor) -> float:
-    """A block's mean error in float32: the published search compares float32 means, and resolves what they tie."""
-    return (total / metric.numel()).to(torch.float32).item()
-
-
-def _square_sum(values: Tensor) -> Tensor:
-    return values.square().sum(dtype=torch.float64)
+def first_smallest(errors: Tensor, metric: Tensor) -> int:
+    """The first candidate of smallest mean error, as float32: the published search compares those, ties and all."""
+    return int((errors / metric.numel()).to(torch.float32).argmin())
 
 
 def quantiles(magnitudes: Tensor) -> Tensor:
     """The candidate thresholds: 81 quantiles of a value set, linearly interpolated (ALGORITHM 3.4)."""
-    ordered = magnitudes.flatten().sort().values
+    values = magnitudes.flatten()
+    ordered = native.sort_magnitudes(values) if native.usable(values) else values.sort().values
     position = torch.linspace(0.10, 0.90, THRESHOLDS, dtype=torch.float64) * (ordered.numel() - 1)
     below = position.floor().to(torch.int64)
     above = (below + 1).clamp(max=ordered.numel() - 1)
@@ -68,46 +61,23 @@ def quantiles(magnitudes: Tensor) -> Tensor:
     return (low + (high - low) * fraction).to(magnitudes.dtype)
 
 
-def split(metric: Tensor, thresholds: Tensor, error_of: SmallLargeError, block: Tensor) -> Tensor:
-    """The large-magnitude group of ``metric`` under the first threshold of smallest error: bool ``[n, k]``.
+def split(metric: Tensor, thresholds: Tensor, order: int, rest: Tensor, block: Tensor) -> Tensor:
+    """The large-magnitude group of ``metric [n, k]`` that leaves the smallest squared error of T: bool ``[n, k]``.
 
-    ``error_of(small, large)`` is the float64 error sum over the whole ``block [n, c]`` that ``metric`` is part of.
+    Args:
+        metric: T of some columns of the block.
+        thresholds: the candidates.
+        order: rounds of binarization of both groups.
+        rest: what the block's other columns leave of T, the same for every threshold.
+        block: T of the whole block.
     """
-    magnitude = metric.abs()
-    best, chosen = torch.inf, thresholds[0]
-    for threshold in thresholds:
-        large = (magnitude >= threshold).to(metric.dtype)
-        error = single_mean(error_of(1 - large, large), block)
-        if error < best:
-            best, chosen = error, threshold
-    return magnitude >= chosen
+    errors = search.split_errors(metric, thresholds, order) + rest.double().square().sum()
+    return metric.abs() >= thresholds[first_smallest(errors, block)]
 
 
-def squared_error(metric: Tensor, order: int, rest: Tensor) -> SmallLargeError:
-    """Squared error of binarizing both groups of T separately with ``order`` signs, plus that of the ``rest``."""
-    constant = _square_sum(rest)
-
-    def error_of(small: Tensor, large: Tensor) -> Tensor:
-        return _square_sum(_residual(metric, small, large, order)) + constant
-
-    return error_of
-
-
-def output_error(metric: Tensor, ordinary: Tensor, rest: Tensor, second_moment: Tensor) -> SmallLargeError:
-    """Output error of T under S (arb-x).
-
-    ``metric`` holds the ordinary columns (bool ``[c]``), ``rest [n, salient]`` what the salient ones leave.
-    """
-    residual = torch.empty(metric.shape[0], ordinary.numel(), device=metric.device)
-    residual[:, ~ordinary] = rest
-
-    def error_of(small: Tensor, large: Tensor) -> Tensor:
-        residual[:, ordinary] = _residual(metric, small, large, 1)
-        return ((residual @ second_moment) * residual).sum(dtype=torch.float64)
-
-    return error_of
-
-
-def _residual(metric: Tensor, small: Tensor, large: Tensor, order: int) -> Tensor:
-    kept = binarize_residual(metric, small, order).values() * small
-    return metric - kept - binarize_residual(metric, large, order).values() * large
+def split_by_output(
+    metric: Tensor, thresholds: Tensor, ordinary: Tensor, rest: Tensor, second_moment: Tensor, block: Tensor
+) -> Tensor:
+    """Like :func:`split` for the ordinary columns (bool ``[c]``), by T's output error under S ``[c, c]`` (arb-x)."""
+    errors = search.output_errors(metric, thresholds, ordinary, rest, second_moment)
+    return metric.abs() >= thresholds[first_smallest(errors, block)]

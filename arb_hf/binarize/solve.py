@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class SolveRecord:
     seconds: float
 
 
-def binarize_weight(weight: Tensor, hessian: Tensor | None, config: BinarizeOptions) -> BinaryWeight:
+def binarize_weight(weight: Tensor, hessian: Tensor | None, config: Any) -> BinaryWeight:
     """Binarize one matrix.
 
     Args:
@@ -52,8 +53,9 @@ def binarize_weight(weight: Tensor, hessian: Tensor | None, config: BinarizeOpti
         ArbCalibrationError: weight or Hessian is not finite, or their shapes do not fit.
     """
     weight = _checked(weight)
-    factor = factorize(hessian, weight.shape[1], config.damping, weight.device)
-    return solve(weight, hessian, factor, config)
+    options = BinarizeOptions.of(config)
+    factor = factorize(hessian, weight.shape[1], options.damping, weight.device)
+    return solve(weight, hessian, factor, options)
 
 
 def binarize_and_record(
@@ -123,20 +125,18 @@ def _partition(values: Tensor, diagonal: Tensor, second_moment: Tensor, options:
     ordinary = ~salient
     large = torch.zeros_like(values, dtype=torch.bool)
     plain, chosen = metric[:, ordinary], metric[:, salient]
+    thresholds = partition.quantiles(metric.abs() * ordinary)  # the zeros of salient columns count, as published
     # What the salient columns leave: the same for every threshold, but it counts in the float32 means compared.
     everywhere = torch.ones_like(chosen)
     if options.method == "arb-x":
         rest = chosen - arb.fit(chosen, everywhere, 2, options.iterations).values()
-        error_of = partition.output_error(plain, ordinary, rest, second_moment)
+        large[:, ordinary] = partition.split_by_output(plain, thresholds, ordinary, rest, second_moment, metric)
     else:
         rest = chosen - binarize_residual(chosen, everywhere, 2).values()
-        error_of = partition.squared_error(plain, 1, rest)
-    thresholds = partition.quantiles(metric.abs() * ordinary)  # the zeros of salient columns count, as published
-    large[:, ordinary] = partition.split(plain, thresholds, error_of, metric)
+        large[:, ordinary] = partition.split(plain, thresholds, 1, rest, metric)
     nonzero = chosen[chosen != 0].abs()
     if options.column_group_bitmap and nonzero.numel():
-        error_of = partition.squared_error(chosen, 2, rest=plain)
-        large[:, salient] = partition.split(chosen, partition.quantiles(nonzero), error_of, metric)
+        large[:, salient] = partition.split(chosen, partition.quantiles(nonzero), 2, plain, metric)
     return Partition(salient, large)
 
 

@@ -1,4 +1,7 @@
-"""Calibration data: names, files, lists, tensors and data sets become batches of tokens."""
+"""Calibration data: names, files, lists, tensors and data sets become batches of tokens.
+
+:func:`read_text` and :func:`tokenize` also serve :mod:`arb_hf.evaluate`, so that both read a file alike.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from ..config import ArbConfig
 from ..errors import ArbCalibrationError
 
 # Hub names: dataset, configuration, text column, data files. The usual sources of the GPTQ line of papers.
+C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
 NAMED: dict[str, tuple[str, str | None, str, dict[str, str] | None]] = {
-    "c4": ("allenai/c4", None, "text", {"train": "en/c4-train.00000-of-01024.json.gz"}),
+    "c4": ("allenai/c4", None, "text", C4_FILES),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", None),
     "ptb": ("ptb-text-only/ptb_text_only", None, "sentence", None),
 }
@@ -64,10 +68,31 @@ def load_batches(
                 f"sequence_length={config.sequence_length} is longer than the model takes ({max_length} positions)"
             )
         tokenizer = load_tokenizer()
-        samples = _windows(_texts(data, lambda messages: _chat(messages, tokenizer)), tokenizer, config)
+        samples = _windows(read_text(data, tokenizer), tokenizer, config)
     samples = samples[: config.num_samples]
     _check(samples, vocabulary, max_length)
     return _batched(samples, config.batch_size)
+
+
+def read_text(data: Any, tokenizer: Any = None, split: str = "train") -> str:
+    """The text of a name, path, list or data set, its rows joined with blank lines.
+
+    Args:
+        tokenizer: renders chat messages; plain text needs none.
+        split: of a data set given by name: ``"train"`` to calibrate, ``"test"`` to evaluate.
+
+    Raises:
+        ArbCalibrationError: an unreadable or unknown source, or one without text.
+    """
+    text = "\n\n".join(_texts(data, lambda messages: _chat(messages, tokenizer), split))
+    if not text.strip():
+        raise ArbCalibrationError("the text is empty")
+    return text
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """Token ids, int64 ``[tokens]``, of the text as one string, without special tokens."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def _token_samples(data: Any) -> list[Batch] | None:
@@ -110,11 +135,11 @@ def _sample(ids: Any, mask: Any) -> Batch:
     return Batch(ids.to(torch.int64)[None], mask)
 
 
-def _texts(data: Any, render_chat: Callable[[Any], str]) -> list[str]:
+def _texts(data: Any, render_chat: Callable[[Any], str], split: str) -> list[str]:
     if data is None:
         raise ArbCalibrationError("no calibration data: pass dataset= a name, a path, a list or a datasets.Dataset")
     if isinstance(data, str | os.PathLike):
-        data = _read(os.fspath(data))
+        data = _read(os.fspath(data), split)
     rows = data if isinstance(data, list) else list(data)
     return [_text(row, render_chat) for row in rows]
 
@@ -144,10 +169,10 @@ def _chat(messages: Any, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(list(messages), tokenize=False)
 
 
-def _read(source: str) -> list[Any]:
+def _read(source: str, split: str) -> list[Any]:
     path = Path(source)
     if source in NAMED and not path.exists():
-        return _download(source)
+        return _download(source, split)
     if path.suffix not in TEXT_FILES:
         known = ", ".join([*map(repr, NAMED), *("a path ending in " + suffix for suffix in TEXT_FILES)])
         raise ArbCalibrationError(f"dataset={source!r} is not known; pass {known}, a list or a datasets.Dataset")
@@ -171,10 +196,10 @@ def _json(line: str, number: int, source: str) -> Any:
         raise ArbCalibrationError(f"{source}, line {number}: not JSON ({error})") from error
 
 
-def _download(name: str) -> list[str]:
+def _download(name: str, split: str) -> list[str]:
     path, subset, column, files = NAMED[name]
     try:
-        data = _datasets().load_dataset(path, subset, data_files=files, split="train")
+        data = _datasets().load_dataset(path, subset, data_files=files and {split: files[split]}, split=split)
     except Exception as error:  # offline, gated, renamed: datasets raises many types
         reason = str(error).partition("\n")[0]
         raise ArbCalibrationError(
@@ -192,11 +217,8 @@ def _datasets() -> Any:
     return datasets
 
 
-def _windows(texts: list[str], tokenizer: Any, config: ArbConfig) -> list[Batch]:
-    text = "\n\n".join(texts)
-    if not text.strip():
-        raise ArbCalibrationError("the calibration text is empty")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+def _windows(text: str, tokenizer: Any, config: ArbConfig) -> list[Batch]:
+    ids = tokenize(text, tokenizer)
     length, wanted = config.sequence_length, config.num_samples
     if ids.numel() < wanted * length:
         raise ArbCalibrationError(

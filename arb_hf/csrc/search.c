@@ -1,0 +1,338 @@
+/* Errors of all candidate partitions of a block: how many columns are salient, which threshold splits the groups.
+ *
+ * A candidate is judged by plain residual binarization (BR): a group of `count` values is replaced by mean +- mean
+ * deviation, in `order` rounds. All sums are double and run over one row at a time; rows are taken in tiles of LANES,
+ * one row per vector lane, and tiles are added in their order. So results depend neither on the instruction set
+ * (no product is fused with a sum) nor on the number of threads.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "native.h"
+#include "tiles.h"
+
+/* ---- salient columns ------------------------------------------------------------------------------------------- */
+
+/* Adds to errors[l] what order-2 BR leaves of columns [first, last) of lane l, whose sum is sums[l]. */
+ARB_INLINE void add_part_error(const double *tile, int64_t first, int64_t last, const double *sums, double *errors) {
+    double count = (double)(last - first);
+    double mean[LANES], above[LANES], below[LANES], at[LANES];
+    double deviation[LANES] = {0}, balance[LANES] = {0}, energy[LANES] = {0}, second[LANES] = {0}, nonzero[LANES] = {0};
+    for (int l = 0; l < LANES; l++) mean[l] = sums[l] / count;
+    for (int64_t j = first; j < last; j++) {
+        const double *value = tile + j * LANES;
+        for (int l = 0; l < LANES; l++) {
+            double centred = value[l] - mean[l];
+            deviation[l] += fabs(centred);
+            balance[l] += (centred > 0 ? 1.0 : 0.0) - (centred < 0 ? 1.0 : 0.0);
+        }
+    }
+    for (int l = 0; l < LANES; l++) { /* the three values of the first round, moved by the mean of what they leave */
+        double scale = deviation[l] / count;
+        at[l] = mean[l] - scale * balance[l] / count;
+        above[l] = at[l] + scale;
+        below[l] = at[l] - scale;
+    }
+    for (int64_t j = first; j < last; j++) {
+        const double *value = tile + j * LANES;
+        for (int l = 0; l < LANES; l++) {
+            double level = value[l] > mean[l] ? above[l] : at[l];
+            double left = value[l] - (value[l] < mean[l] ? below[l] : level);
+            energy[l] += left * left;
+            second[l] += fabs(left);
+            nonzero[l] += left != 0 ? 1.0 : 0.0;
+        }
+    }
+    for (int l = 0; l < LANES; l++) {
+        double scale = second[l] / count;
+        errors[l] += energy[l] + scale * (scale * nonzero[l] - 2 * second[l]);
+    }
+}
+
+ARB_INLINE void salient_tile(const double *tile, int64_t columns, int64_t candidates, double *errors) {
+    double first[LANES] = {0}, rest[LANES] = {0};
+    for (int64_t j = 0; j < columns; j++)
+        for (int l = 0; l < LANES; l++) rest[l] += tile[j * LANES + l];
+    for (int64_t i = 0; i < candidates; i++) {
+        double error[LANES] = {0}, sum = 0;
+        for (int l = 0; l < LANES; l++) {
+            first[l] += tile[i * LANES + l];
+            rest[l] -= tile[i * LANES + l];
+        }
+        add_part_error(tile, 0, i + 1, first, error);
+        add_part_error(tile, i + 1, columns, rest, error);
+        for (int l = 0; l < LANES; l++) sum += error[l];
+        errors[i] = sum;
+    }
+}
+
+ARB_DISPATCH(salient_tile, (const double *tile, int64_t columns, int64_t candidates, double *errors),
+             (tile, columns, candidates, errors))
+
+/* errors[i]: of making the first i + 1 columns of `ranked` [rows, columns] salient; candidates < columns.
+ * Returns 0, or -1 without memory. */
+ARB_EXPORT int arb_salient_errors(const float *ranked, int64_t rows, int64_t columns, int64_t candidates, int64_t isa,
+                                  double *errors) {
+    int64_t tiles = tile_count(rows);
+    double *partial = malloc(sizeof(double) * (size_t)(tiles * candidates));
+    int failed = 0;
+    if (partial == NULL) return -1;
+#pragma omp parallel reduction(| : failed)
+    {
+        double *tile = malloc(sizeof(double) * (size_t)(columns * LANES));
+        failed |= tile == NULL;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; t++) {
+            if (tile == NULL) continue;
+            load_tile(ranked, rows, columns, t, tile);
+            salient_tile_of[isa](tile, columns, candidates, partial + t * candidates);
+        }
+        free(tile);
+    }
+    add_tiles(partial, tiles, candidates, errors);
+    free(partial);
+    return failed ? -1 : 0;
+}
+
+/* ---- group splits ---------------------------------------------------------------------------------------------- */
+
+/* One row in ascending order, and its prefix sums: sum[p] = value[0] + ... + value[p - 1]. From `count` up to `width`,
+ * a power of two, `value` is infinite. */
+typedef struct {
+    int64_t count, width;
+    double *value, *sum;
+} SortedRow;
+
+/* The positions [low, high) of a row (the small-magnitude group), or all others (the large-magnitude group). */
+typedef struct {
+    int64_t low, high;
+    int large;
+} Group;
+
+typedef struct {
+    double count, sum;
+} Part;
+
+/* found[i]: the number of values below x[i]. Steps outside, so that the searches do not wait for one another. */
+ARB_INLINE void locate(const double *value, int64_t width, const double *x, int64_t count, int64_t *found) {
+    for (int64_t i = 0; i < count; i++) found[i] = 0;
+    for (int64_t step = width / 2; step > 0; step /= 2)
+        for (int64_t i = 0; i < count; i++) found[i] += step & -(int64_t)(value[found[i] + step - 1] < x[i]);
+    for (int64_t i = 0; i < count; i++) found[i] += value[found[i]] < x[i];
+}
+
+ARB_DISPATCH(locate, (const double *value, int64_t width, const double *x, int64_t count, int64_t *found),
+             (value, width, x, count, found))
+
+static inline int64_t past_equals(SortedRow row, double x, int64_t p) {
+    while (p < row.count && row.value[p] == x) p++;
+    return p;
+}
+
+/* The members of a group at positions below p. */
+static inline Part members_below(SortedRow row, Group group, int64_t p) {
+    int64_t inside = p < group.low ? group.low : p > group.high ? group.high : p;
+    Part part = {(double)(inside - group.low), row.sum[inside] - row.sum[group.low]};
+    if (group.large) part = (Part){(double)p - part.count, row.sum[p] - part.sum};
+    return part;
+}
+
+/* Sum of |value - x| over the members between two positions, and how many of them equal x, which is at position p. */
+static inline Part deviation(SortedRow row, Group group, int64_t first, int64_t last, double x, int64_t p) {
+    int64_t q = past_equals(row, x, p);
+    p = p < first ? first : p > last ? last : p;
+    q = q < first ? first : q > last ? last : q;
+    Part from = members_below(row, group, first), below = members_below(row, group, p);
+    Part upto = members_below(row, group, q), to = members_below(row, group, last);
+    double left = (below.count - from.count) * x - (below.sum - from.sum);
+    double right = (to.sum - upto.sum) - (to.count - upto.count) * x;
+    return (Part){upto.count - below.count, left + right};
+}
+
+/* Where BR's first round puts a group: its mean, the mean deviation, and the members above and equal to the mean. */
+typedef struct {
+    double count, mean, scale, above, equal;
+} Round;
+
+static inline Round first_round(SortedRow row, Group group, double mean, int64_t p) {
+    Part all = members_below(row, group, row.count), below = members_below(row, group, p);
+    Part upto = members_below(row, group, past_equals(row, mean, p));
+    double above = all.count - upto.count;
+    double total = all.sum - upto.sum - above * mean + below.count * mean - below.sum;
+    return (Round){all.count, mean, all.count > 0 ? total / all.count : 0, above, upto.count - below.count};
+}
+
+/* The mean of what the first round leaves. */
+static inline double shift_of(Round round) {
+    return round.count > 0 ? -round.scale * (2 * round.above + round.equal - round.count) / round.count : 0;
+}
+
+static inline double first_gain(Round r) {
+    return r.count * (r.mean * r.mean + r.scale * r.scale) + r.equal * r.scale * r.scale;
+}
+
+/* By how much a second round lowers the energy that the first leaves: low and high are its two levels' positions. */
+static inline double second_gain(SortedRow row, Group group, Round round, int64_t p, int64_t low, int64_t high) {
+    if (round.count == 0) return 0;
+    double shift = shift_of(round), centre = round.mean + shift;
+    Part left = deviation(row, group, 0, p, centre - round.scale, low);
+    Part right = deviation(row, group, past_equals(row, round.mean, p), row.count, centre + round.scale, high);
+    double zeros = left.count + right.count + (shift == 0 ? round.equal : 0);
+    double scale = (left.sum + right.sum + round.equal * fabs(shift)) / round.count;
+    return round.count * (shift * shift + scale * scale) + zeros * scale * scale;
+}
+
+/* Room for one thread: `x` and `found` hold six numbers a candidate, `gains` one, the others two. */
+typedef struct {
+    float *tile;
+    SortedRow row;
+    double *x, *gains;
+    int64_t *found, *bounds;
+    Group *groups;
+    Round *rounds;
+} Workspace;
+
+/* limits: for every threshold the smallest double above its negative, then the threshold. */
+static void add_split_gains(const Workspace *w, const double *limits, int64_t candidates, int64_t order, int64_t isa,
+                            double *gains) {
+    SortedRow row = w->row;
+    int64_t groups = 2 * candidates, *found = w->found;
+    locate_of[isa](row.value, row.width, limits, groups, w->bounds);
+    for (int64_t i = 0; i < groups; i++) {
+        int64_t low = w->bounds[i & ~1], high = w->bounds[i | 1]; /* crossed by a threshold of 0: no small group */
+        w->groups[i] = (Group){low, high > low ? high : low, i & 1};
+        Part all = members_below(row, w->groups[i], row.count);
+        w->x[i] = all.count > 0 ? all.sum / all.count : 0;
+    }
+    locate_of[isa](row.value, row.width, w->x, groups, found);
+    for (int64_t i = 0; i < groups; i++) {
+        w->rounds[i] = first_round(row, w->groups[i], w->x[i], found[i]);
+        gains[i / 2] += first_gain(w->rounds[i]);
+    }
+    if (order == 1) return;
+    double *low = w->x + groups, *high = low + groups;
+    for (int64_t i = 0; i < groups; i++) {
+        double centre = w->rounds[i].mean + shift_of(w->rounds[i]);
+        low[i] = centre - w->rounds[i].scale;
+        high[i] = centre + w->rounds[i].scale;
+    }
+    locate_of[isa](row.value, row.width, low, 2 * groups, found + groups);
+    for (int64_t i = 0; i < groups; i++)
+        gains[i / 2] += second_gain(row, w->groups[i], w->rounds[i], found[i], found[groups + i], found[2 * groups + i]);
+}
+
+/* Batcher's odd-even merge sort of `width` (a power of two) values in every lane. */
+ARB_INLINE void sort_tile(float *tile, int64_t width) {
+    for (int64_t merged = 1; merged < width; merged *= 2)
+        for (int64_t step = merged; step >= 1; step /= 2)
+            for (int64_t start = step % merged; start + step < width; start += 2 * step)
+                for (int64_t j = start; j < start + step && j + step < width; j++) {
+                    if (j / (2 * merged) != (j + step) / (2 * merged)) continue;
+                    float *a = tile + j * LANES, *b = tile + (j + step) * LANES;
+                    for (int l = 0; l < LANES; l++) {
+                        float x = a[l], y = b[l];
+                        a[l] = x < y ? x : y;
+                        b[l] = x < y ? y : x;
+                    }
+                }
+}
+
+ARB_DISPATCH(sort_tile, (float *tile, int64_t width), (tile, width))
+
+static int workspace_new(int64_t columns, int64_t candidates, Workspace *w) {
+    size_t width = 1, groups = 2 * (size_t)candidates;
+    while (width < (size_t)columns) width *= 2;
+    *w = (Workspace){
+        .tile = malloc(sizeof(float) * width * LANES),
+        .row = {columns, (int64_t)width, malloc(sizeof(double) * width), malloc(sizeof(double) * (width + 1))},
+        .x = malloc(sizeof(double) * 3 * groups),
+        .gains = malloc(sizeof(double) * groups / 2),
+        .found = malloc(sizeof(int64_t) * 3 * groups),
+        .bounds = malloc(sizeof(int64_t) * groups),
+        .groups = malloc(sizeof(Group) * groups),
+        .rounds = malloc(sizeof(Round) * groups),
+    };
+    return w->tile && w->row.value && w->row.sum && w->x && w->gains && w->found && w->bounds && w->groups && w->rounds;
+}
+
+static void workspace_free(Workspace *w) {
+    free(w->tile), free(w->row.value), free(w->row.sum), free(w->x), free(w->gains), free(w->found), free(w->bounds);
+    free(w->groups), free(w->rounds);
+}
+
+static void split_tile(const float *metric, int64_t rows, int64_t t, const double *limits, int64_t candidates,
+                       int64_t order, int64_t isa, const Workspace *w, double *errors) {
+    SortedRow row = w->row;
+    double energy = 0, *gains = w->gains;
+    int64_t first = t * LANES, lanes = rows - first < LANES ? rows - first : LANES;
+    for (int64_t i = 0; i < row.width * LANES; i++) w->tile[i] = INFINITY;
+    for (int64_t l = 0; l < lanes; l++)
+        for (int64_t j = 0; j < row.count; j++) w->tile[j * LANES + l] = metric[(first + l) * row.count + j];
+    sort_tile_of[isa](w->tile, row.width);
+    memset(gains, 0, sizeof(double) * (size_t)candidates);
+    for (int64_t l = 0; l < lanes; l++) {
+        row.sum[0] = 0;
+        for (int64_t j = 0; j < row.width; j++) row.value[j] = w->tile[j * LANES + l];
+        for (int64_t j = 0; j < row.count; j++) {
+            row.sum[j + 1] = row.sum[j] + row.value[j];
+            energy += row.value[j] * row.value[j];
+        }
+        add_split_gains(w, limits, candidates, order, isa, gains);
+    }
+    for (int64_t k = 0; k < candidates; k++) errors[k] = energy - gains[k];
+}
+
+/* errors[k]: what BR of `order` rounds leaves of `metric` [rows, columns], of both groups, split at
+ * |value| >= thresholds[k]. Returns 0, or -1 without memory. */
+ARB_EXPORT int arb_split_errors(const float *metric, int64_t rows, int64_t columns, const float *thresholds,
+                                int64_t candidates, int64_t order, int64_t isa, double *errors) {
+    int64_t tiles = tile_count(rows);
+    double *partial = malloc(sizeof(double) * (size_t)(tiles * candidates));
+    double *limits = malloc(sizeof(double) * 2 * (size_t)candidates);
+    int failed = 0;
+    if (partial == NULL || limits == NULL) {
+        free(partial), free(limits);
+        return -1;
+    }
+    for (int64_t k = 0; k < candidates; k++) {
+        limits[2 * k] = nextafter(-(double)thresholds[k], INFINITY);
+        limits[2 * k + 1] = thresholds[k];
+    }
+#pragma omp parallel reduction(| : failed)
+    {
+        Workspace w;
+        int ready = workspace_new(columns, candidates, &w);
+        failed |= !ready;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; t++)
+            if (ready) split_tile(metric, rows, t, limits, candidates, order, isa, &w, partial + t * candidates);
+        workspace_free(&w);
+    }
+    add_tiles(partial, tiles, candidates, errors);
+    free(partial), free(limits);
+    return failed ? -1 : 0;
+}
+
+/* ---- order statistics ------------------------------------------------------------------------------------------ */
+
+/* Sorts non-negative floats in place: their bits order like they do. `spare` has room for `count` of them. */
+ARB_EXPORT int arb_sort_magnitudes(uint32_t *values, int64_t count, uint32_t *spare) {
+    enum { DIGITS = 2048 };
+    for (int shift = 0; shift < 32; shift += 11) {
+        int64_t start[DIGITS] = {0}, next = 0;
+        for (int64_t i = 0; i < count; i++) start[values[i] >> shift & (DIGITS - 1)]++;
+        for (int d = 0; d < DIGITS; d++) {
+            int64_t size = start[d];
+            start[d] = next;
+            next += size;
+        }
+        for (int64_t i = 0; i < count; i++) spare[start[values[i] >> shift & (DIGITS - 1)]++] = values[i];
+        uint32_t *swap = values;
+        values = spare;
+        spare = swap;
+    }
+    memcpy(spare, values, sizeof(uint32_t) * (size_t)count); /* after three passes `spare` is the caller's `values` */
+    return 0;
+}

@@ -1,0 +1,43 @@
+/* Tiles of LANES rows, column by column, one row per vector lane; and the choice of instruction set for their loops. */
+#ifndef ARB_HF_TILES_H
+#define ARB_HF_TILES_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "native.h"
+
+enum { LANES = 32 };
+
+/* The loops are plain C. Inlined into functions that carry a target attribute they are vectorized for that target:
+ * ARB_DISPATCH(f, parameters, arguments) makes f_of[isa] from the inline function f. */
+#define ARB_INLINE static inline __attribute__((always_inline))
+#ifdef ARB_X86
+#define ARB_DISPATCH(name, parameters, arguments)                                   \
+    static void name##_plain parameters { name arguments; }                         \
+    ARB_TARGET_AVX2 static void name##_avx2 parameters { name arguments; }          \
+    ARB_TARGET_AVX512 static void name##_avx512 parameters { name arguments; }      \
+    static void (*const name##_of[])parameters = {name##_plain, name##_avx2, name##_avx512};
+#else
+#define ARB_DISPATCH(name, parameters, arguments)           \
+    static void name##_plain parameters { name arguments; } \
+    static void (*const name##_of[])parameters = {name##_plain};
+#endif
+
+static inline int64_t tile_count(int64_t rows) { return (rows + LANES - 1) / LANES; }
+
+/* Rows past the last are zero. */
+static inline void load_tile(const float *matrix, int64_t rows, int64_t columns, int64_t t, double *tile) {
+    int64_t first = t * LANES, count = rows - first < LANES ? rows - first : LANES;
+    if (count < LANES) memset(tile, 0, sizeof(double) * (size_t)(columns * LANES));
+    for (int64_t l = 0; l < count; l++)
+        for (int64_t j = 0; j < columns; j++) tile[j * LANES + l] = matrix[(first + l) * columns + j];
+}
+
+static inline void add_tiles(const double *partial, int64_t tiles, int64_t width, double *total) {
+    memset(total, 0, sizeof(double) * (size_t)width);
+    for (int64_t t = 0; t < tiles; t++)
+        for (int64_t i = 0; i < width; i++) total[i] += partial[t * width + i];
+}
+
+#endif

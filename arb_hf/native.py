@@ -1,0 +1,57 @@
+"""The C library: found next to the package, loaded once with ctypes.
+
+It is a plain shared library, built with the package (``python -m pip install -e .`` builds it in place) from
+``arb_hf/csrc``. It is optional: without a compiler there is none, and torch does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch  # noqa: F401  (first: the library shares torch's OpenMP, its threads and their number)
+
+ISA_VARIABLE = "ARB_HF_CPU_ISA"
+ISAS = ("plain", "avx2", "avx512")  # in rising order; csrc/native.h knows the same numbers
+SUFFIXES = (".so", ".dylib", ".pyd")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where it was not built or does not load."""
+    for path in sorted(Path(__file__).parent.glob("_native*")):
+        if path.suffix in SUFFIXES:
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:
+                continue  # built for another platform
+    return None
+
+
+def require() -> ctypes.CDLL:
+    """The library; raises RuntimeError with the cure where there is none."""
+    found = library()
+    if found is None:
+        raise RuntimeError(
+            f"arb_hf's C library is not in {Path(__file__).parent}: it was built without a C compiler. "
+            "Install one (gcc or clang, with OpenMP) and run `python -m pip install -e .`, or reinstall arb_hf"
+        )
+    return found
+
+
+@functools.cache
+def isa() -> int:
+    """Index into ``ISAS`` of the instruction set to use: the best one, or what ``ARB_HF_CPU_ISA`` asks for.
+
+    Raises:
+        RuntimeError: the variable names an unknown instruction set, or one that this processor lacks.
+    """
+    best = require().arb_cpu_isa()
+    wanted = os.environ.get(ISA_VARIABLE, ISAS[best])
+    if wanted not in ISAS:
+        raise RuntimeError(f"{ISA_VARIABLE}={wanted} is unknown; it can be {', '.join(ISAS)}")
+    if ISAS.index(wanted) > best:
+        raise RuntimeError(f"{ISA_VARIABLE}={wanted} is not available: this processor offers {ISAS[best]}")
+    return ISAS.index(wanted)
