@@ -45,13 +45,20 @@ def binarize_full(
     wanted[:, factor.dead] = 0
     salient = choose_salient_columns(wanted, factor, options)
     form = options.form(*weight.shape, int(salient.sum()))
-    curvature = damped(hessian, factor, weight.shape[1])
+    curvature = _curvature(hessian, factor)
     wanted = wanted.T.contiguous()
     blocks = list(_left_to_right(wanted, salient, factor.upper, form))
     gradient = curvature @ (wanted - torch.cat([block.values() for block in blocks]))
     for sweep in range(SWEEPS):
         blocks = _descend(blocks, gradient, curvature, last=sweep == SWEEPS - 1)
     return assemble(blocks, form)
+
+
+def _curvature(hessian: Tensor | None, factor: HessianFactor) -> Tensor:
+    """The damped H that the factor belongs to; the identity without data."""
+    if hessian is None or factor.data_free:
+        return torch.eye(len(factor.upper), device=factor.upper.device)
+    return damped(hessian, factor.dead, factor.damping)
 
 
 def choose_salient_columns(weight: Tensor, factor: HessianFactor, options: BinarizeOptions) -> Tensor:
