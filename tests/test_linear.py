@@ -90,3 +90,13 @@ def test_binary_weight_comes_back():
     layer, weight, _ = layer_and_weight(FORMS[0])
     assert torch.equal(layer.binary_weight().dequantize(), weight)
     assert f"{layer.form.bits_per_weight():.2f} bits" in repr(layer)
+
+
+def test_casting_a_model_leaves_stored_scales_alone():
+    layer, _, _ = layer_and_weight(FORMS[0], bias=True)
+    before = {name: tensor.clone() for name, tensor in layer.packed.items()}
+    for moved in (nn.Sequential(layer).to(torch.bfloat16)[0], layer.half(), layer.double()):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in moved.packed.items())
+        assert {name: t.dtype for name, t in moved.packed.items()} == {name: t.dtype for name, t in before.items()}
+    assert layer.bias.dtype == torch.float64
+    assert layer.to("meta").row_parameters.dtype == torch.float16

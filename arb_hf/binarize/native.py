@@ -1,4 +1,4 @@
-"""The C versions of the searches (``csrc/search.c``), for float32 CPU tensors where the library was built."""
+"""The C searches and updates (``csrc/search.c``, ``csrc/updates.c``), for float32 CPU tensors where the library is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .fit import Fit
 
 
 def usable(values: Tensor) -> bool:
@@ -36,6 +37,24 @@ def sort_magnitudes(values: Tensor) -> Tensor:
     ordered = values.clone()
     _call("arb_sort_magnitudes", ordered, ordered.numel(), torch.empty_like(ordered))
     return ordered
+
+
+def fit_means(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
+    """See :func:`arb_hf.binarize.arb.fit`."""
+    n, k = values.shape
+    values, member = values.contiguous(), member.contiguous()
+    signs, rows, mean = values.new_empty(order, n, k), values.new_empty(order, n), values.new_empty(n)
+    _call("arb_fit_means", values, member, n, k, order, iterations, native.isa(), signs, rows, mean)
+    return Fit(signs.unbind(), rows.unbind(), mean)
+
+
+def fit_scales(values: Tensor, member: Tensor, iterations: int) -> Fit:
+    """See :func:`arb_hf.binarize.rc.fit`; second order."""
+    n, k = values.shape
+    values, member = values.contiguous(), member.contiguous()
+    signs, rows, columns = values.new_empty(2, n, k), values.new_empty(2, n), values.new_empty(2, k)
+    _call("arb_fit_scales", values, member, n, k, iterations, native.isa(), signs, rows, columns)
+    return Fit(signs.unbind(), rows.unbind(), columns=columns.unbind())
 
 
 def _call(name: str, *arguments: Tensor | int) -> None:

@@ -266,7 +266,7 @@ static void split_tile(const float *metric, int64_t rows, int64_t t, const doubl
                        int64_t order, int64_t isa, const Workspace *w, double *errors) {
     SortedRow row = w->row;
     double energy = 0, *gains = w->gains;
-    int64_t first = t * LANES, lanes = rows - first < LANES ? rows - first : LANES;
+    int64_t first = t * LANES, lanes = tile_lanes(rows, t);
     for (int64_t i = 0; i < row.width * LANES; i++) w->tile[i] = INFINITY;
     for (int64_t l = 0; l < lanes; l++)
         for (int64_t j = 0; j < row.count; j++) w->tile[j * LANES + l] = metric[(first + l) * row.count + j];

@@ -26,12 +26,27 @@ enum { LANES = 32 };
 
 static inline int64_t tile_count(int64_t rows) { return (rows + LANES - 1) / LANES; }
 
+static inline int64_t tile_lanes(int64_t rows, int64_t t) {
+    return rows - t * LANES < LANES ? rows - t * LANES : LANES;
+}
+
 /* Rows past the last are zero. */
 static inline void load_tile(const float *matrix, int64_t rows, int64_t columns, int64_t t, double *tile) {
-    int64_t first = t * LANES, count = rows - first < LANES ? rows - first : LANES;
+    int64_t first = t * LANES, count = tile_lanes(rows, t);
     if (count < LANES) memset(tile, 0, sizeof(double) * (size_t)(columns * LANES));
     for (int64_t l = 0; l < count; l++)
         for (int64_t j = 0; j < columns; j++) tile[j * LANES + l] = matrix[(first + l) * columns + j];
+}
+
+static inline void store_tile(const double *tile, int64_t rows, int64_t columns, int64_t t, float *matrix) {
+    for (int64_t l = 0; l < tile_lanes(rows, t); l++)
+        for (int64_t j = 0; j < columns; j++) matrix[(t * LANES + l) * columns + j] = (float)tile[j * LANES + l];
+}
+
+static inline double sum_lanes(double *lane) {
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; l++) lane[l] += lane[l + half];
+    return lane[0];
 }
 
 static inline void add_tiles(const double *partial, int64_t tiles, int64_t width, double *total) {

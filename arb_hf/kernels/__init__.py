@@ -3,17 +3,27 @@
 ``torch.ops.arb_hf.binary_linear(x, ...)`` computes ``x @ W^T`` for any leading dimensions of ``x`` from the packed tensors
 of one layer (:mod:`arb_hf.packing`), in x's dtype, accumulating in float32. The form of the weight is a function of the
 tensors' shapes and ``block_size`` (:func:`form_of`).
+
+``ARB_HF_KERNEL`` chooses what runs it: ``reference`` (torch), ``cpu`` (the C library), ``triton`` (GPU), or ``auto``: the
+fastest that there is for the device.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from .. import native
 from ..form import BinaryForm
-from . import reference
+from . import cpu, reference
 
 NAMESPACE = "arb_hf"
+VARIABLE = "ARB_HF_KERNEL"
+KERNELS = ("auto", "reference", "cpu", "triton")
 # Operator arguments after x, in order; the optional ones are None where a form lacks them.
 REQUIRED = ("weight", "second_plane", "salient_columns", "row_parameters")
 OPTIONAL = ("salient_groups", "row_absmax", "column_scales", "salient_column_scales")
@@ -62,22 +72,55 @@ def binary_linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Te
     )
 
 
-def _run(kernel, x: Tensor, *arguments) -> Tensor:
+@functools.cache
+def kernel_for(device_type: str) -> ModuleType:
+    """The kernels to use on a device: a module with ``linear`` and ``linear_transposed``.
+
+    Raises:
+        RuntimeError: ``ARB_HF_KERNEL`` is not a kernel, or asks for one that is not available on this device.
+    """
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted not in KERNELS:
+        raise RuntimeError(f"{VARIABLE}={wanted} is unknown; it can be {', '.join(KERNELS)}")
+    if wanted == "reference":
+        return reference
+    if wanted == "cpu" or (wanted == "auto" and device_type == "cpu" and native.library() is not None):
+        if device_type != "cpu":
+            raise RuntimeError(f"{VARIABLE}=cpu runs on the CPU; these tensors are on {device_type}")
+        native.require()
+        return cpu
+    return reference
+
+
+def shortcut_for(x: Tensor) -> bool:
+    """Whether a layer may call :class:`arb_hf.kernels.cpu.Shortcut`: a plain CPU tensor, nothing traces or differentiates."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and kernel_for("cpu") is cpu
+    )
+
+
+def _run(name: str, x: Tensor, *arguments) -> Tensor:
     named = dict(zip(REQUIRED + OPTIONAL, arguments, strict=False))
     tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
     form = form_of(tensors, *arguments[len(named) :])
-    flat = kernel(x.reshape(-1, x.shape[-1]), tensors, form)
+    flat = getattr(kernel_for(x.device.type), name)(x.reshape(-1, x.shape[-1]), tensors, form)
     return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
 @torch.library.impl(_library, "binary_linear", "CompositeExplicitAutograd")
 def _linear(x: Tensor, *arguments) -> Tensor:
-    return _run(reference.linear, x, *arguments)
+    return _run("linear", x, *arguments)
 
 
 @torch.library.impl(_library, "binary_linear_transposed", "CompositeExplicitAutograd")
 def _linear_transposed(gradient: Tensor, *arguments) -> Tensor:
-    return _run(reference.linear_transposed, gradient, *arguments)
+    return _run("linear_transposed", gradient, *arguments)
 
 
 @torch.library.register_fake("arb_hf::binary_linear", lib=_library)

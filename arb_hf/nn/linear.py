@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ..binarize.weight import BinaryWeight
 from ..form import BinaryForm
-from ..kernels import binary_linear
+from ..kernels import binary_linear, shortcut_for
+from ..kernels.cpu import Shortcut
 from ..packing import pack, unpack
+
+_SAME_SIZE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 class BinaryLinear(nn.Module):
@@ -33,6 +38,7 @@ class BinaryLinear(nn.Module):
         super().__init__()
         self.form = form
         self.in_features, self.out_features = form.in_features, form.out_features
+        self._shortcut = Shortcut(form)
         for name, (shape, kind) in form.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.register_parameter("bias", _frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None)
@@ -58,8 +64,20 @@ class BinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` of any floating type -> ``[..., out_features]`` in that type."""
-        out = binary_linear(x, self.packed, self.form)
+        out = self._shortcut(x, self._parameters) if shortcut_for(x) else binary_linear(x, self.packed, self.form)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryLinear:
+        """Moves between devices, but no casts: ``model.to(torch.bfloat16)`` must not round stored scales once more."""
+        scales = {name: p for name, p in self._parameters.items() if name in self.form.tensors() and p is not None}
+        scales = {name: p for name, p in scales.items() if p.is_floating_point()}
+        for name, scale in scales.items():  # casts leave integers alone
+            self._parameters[name] = _frozen(scale.data.view(_SAME_SIZE[scale.dtype]))
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            moved = self._parameters[name].data.view(scale.dtype)
+            self._parameters[name] = nn.Parameter(moved, requires_grad=scale.requires_grad)
+        return self
 
     def extra_repr(self) -> str:
         bits = self.form.bits_per_weight()
