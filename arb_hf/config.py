@@ -35,6 +35,8 @@ class ArbConfig(QuantizationConfigMixin):
         max_salient_columns: salient columns per block stay below this number.
         damping: added to H's diagonal, as a fraction of its mean.
         refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README.
+        tune_steps: ``"full"`` only: gradient steps that tune each decoder layer's scales and norms, one batch each;
+            0: none. 64 are a good choice where time allows.
         dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``), a path (.txt, .raw, .jsonl,
             .parquet), a list of strings, chats, token tensors or ``{"input_ids", "attention_mask"}``, or a
             ``datasets.Dataset``.
@@ -63,6 +65,7 @@ class ArbConfig(QuantizationConfigMixin):
         max_salient_columns: int = 50,
         damping: float = 0.01,
         refinement: str = "paper",
+        tune_steps: int = 0,
         dataset: Any = "c4",
         num_samples: int = 128,
         sequence_length: int = 2048,
@@ -86,6 +89,7 @@ class ArbConfig(QuantizationConfigMixin):
         self.max_salient_columns = max_salient_columns
         self.damping = damping
         self.refinement = refinement
+        self.tune_steps = tune_steps
         self.dataset = dataset
         self.num_samples = num_samples
         self.sequence_length = sequence_length
@@ -117,6 +121,9 @@ class ArbConfig(QuantizationConfigMixin):
         self._integer("max_salient_columns", 1, MAX_BLOCK_SIZE)
         self._number("damping")
         self._one_of("refinement", REFINEMENTS)
+        self._integer("tune_steps", 0)
+        if self.tune_steps and self.refinement != "full":
+            self._refuse("tune_steps", 'an integer from 1 with refinement="full", else 0')
         self._integer("num_samples", 1)
         self._integer("sequence_length", 1)
         self._integer("batch_size", 1)

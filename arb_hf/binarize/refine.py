@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..form import BinaryForm
+from .hessian import HessianFactor
 from .weight import decode_columns, decode_rows, encode_columns, encode_rows
 
 # Steps of least squares are drawn to the scales they start from by this fraction of the mean curvature: a scale that
@@ -24,6 +25,7 @@ PROXIMITY = 1e-5
 # The best levels of a standard normal variable (Lloyd-Max), where every block's scales start.
 ORDINARY_START = {1: (0.798,), 2: (0.453, 1.510)}
 SALIENT_START = {1: (0.982, 0.529), 2: (0.501, 0.255), 3: (1.748, 0.404)}
+PANEL = 32  # columns whose steps reach later columns together
 SECOND, FIRST, GROUP = 1, 2, 4  # bits of a code
 
 
@@ -60,7 +62,7 @@ class CodedBlock:
         return scales if form.has_column_scales else scales + means
 
     def coefficients(self, salient: bool) -> tuple[Tensor, Tensor]:
-        """The codes of ordinary or salient columns, uint8 ``[levels]``, and how each slot enters them ``[levels, slots]``."""
+        """The codes of ordinary or salient columns, uint8 ``[levels]``, and each slot's part in them ``[levels, slots]``."""
         groups = self.form.salient_groups if salient else self.form.groups
         step = SECOND if salient else FIRST
         codes = torch.arange(0, groups * GROUP, step, dtype=torch.uint8, device=self.rows.device)
@@ -176,9 +178,6 @@ def _sweep(block: CodedBlock, targets: Tensor, coupling: Tensor, present: Tensor
     return replace(block, codes=codes), dense
 
 
-PANEL = 32
-
-
 def fit_rows(block: CodedBlock, target: Tensor, hessian: Tensor | None) -> CodedBlock:
     """Row parameters by least squares under H, all of a row together, codes and column scales fixed.
 
@@ -264,3 +263,19 @@ def exact_compensation(difference: Tensor, upper: Tensor, coupling: Tensor) -> T
         ``[rest, n]``, to be subtracted from the later columns.
     """
     return coupling.T @ torch.linalg.solve_triangular(upper.T, difference, upper=False)
+
+
+def aimed_weight(weight: Tensor, hessian: Tensor, cross: Tensor, factor: HessianFactor) -> Tensor:
+    """The weight W' to binarize instead of W, so that a layer makes up for the errors before it: it brings
+    ``X W'^T`` nearest to ``X_full W^T``, damped towards W.
+
+    Args:
+        weight: W ``[n, m]``.
+        hessian: ``(2 / N) sum X^T X`` over the binarized model's inputs.
+        cross: ``(2 / N) sum X^T X_full``, the full-precision model's inputs on the right.
+        factor: of the damped Hessian; without data the weight stays as it is.
+    """
+    if factor.data_free:
+        return weight
+    upper = factor.upper
+    return weight + (weight @ (cross - hessian).T) @ upper.T @ upper

@@ -18,12 +18,14 @@ class LayerCalls:
     """One calibration batch on its way through the decoder layers.
 
     ``hidden``: input of the next layer ``[batch, length, hidden]``. ``arguments``: per layer, what else it is called
-    with; layers share equal tensors (masks, positions). ``mask``: the batch's attention mask.
+    with; layers share equal tensors (masks, positions). ``mask``: the batch's attention mask. ``reference``: ``hidden``
+    as the full-precision model has it, where that is followed.
     """
 
     hidden: Tensor
     arguments: list[tuple[tuple, dict[str, Any]]]
     mask: Tensor | None
+    reference: Tensor | None = None
 
 
 class _Captured(Exception):

@@ -8,21 +8,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..binarize.hessian import HessianFactor
+from ..binarize.refine import aimed_weight
 from ..errors import ArbCalibrationError
 from .capture import LayerCalls, run_layer
 
 
 @dataclass
 class InputGroup:
-    """Linears that see the same input share one Hessian. ``total``: sum of X^T X in float32; ``sequences``: N."""
+    """Linears that see the same input share one Hessian.
+
+    ``total``: sum of X^T X in float32; ``sequences``: N. ``cross``: sum of X^T X_full with the full-precision model's
+    inputs X_full, where that is followed.
+    """
 
     names: list[str]
     total: Tensor | None
     sequences: int = 0
+    cross: Tensor | None = None
 
     def hessian(self) -> Tensor | None:
         """``(2 / N) * sum_s X_s^T X_s`` (ALGORITHM 1.3); None if no calibration token came by."""
-        return None if self.total is None else self.total.mul_(2 / self.sequences)
+        return None if self.total is None else self.total * (2 / self.sequences)
+
+    def aimed(self, weight: Tensor, factor: HessianFactor) -> Tensor:
+        """The weight to binarize in place of ``weight``: see :func:`~arb_hf.binarize.refine.aimed_weight`."""
+        hessian = self.hessian()
+        if self.cross is None or hessian is None:
+            return weight
+        return aimed_weight(weight.to(torch.float32), hessian, self.cross * (2 / self.sequences), factor)
 
 
 def accumulate(
@@ -40,7 +54,7 @@ def accumulate(
         if leader is None:
             leader = group_of.setdefault(name, name)
             seen.append((states, leader))
-            rows = _unpadded(states, mask).to(torch.float32)
+            rows = unpadded(states, mask).to(torch.float32)
             if leader not in groups:
                 groups[leader] = InputGroup([], torch.zeros(rows.shape[-1], rows.shape[-1], device=rows.device))
             total = groups[leader].total
@@ -65,7 +79,7 @@ def accumulate(
     return list(groups.values()) + unseen
 
 
-def _unpadded(states: Tensor, mask: Tensor | None) -> Tensor:
+def unpadded(states: Tensor, mask: Tensor | None) -> Tensor:
     """Inputs as rows ``[tokens, features]`` without those of padding, where they can be told apart."""
     if mask is not None and states.shape[:-1] == mask.shape:
         return states[mask.to(states.device, torch.bool)]

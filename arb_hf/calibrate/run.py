@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import logging
@@ -26,6 +27,8 @@ from .capture import LayerCalls, capture, run_layer
 from .data import Batch, load_batches
 from .decoder import find_decoder_layers, find_linears
 from .hessians import InputGroup, accumulate
+from .sequential import groups_in_turn
+from .tune import tune_layer
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
@@ -138,23 +141,75 @@ def _binarize_layer(
     config: ArbConfig,
     clock: _Stages,
 ) -> dict[str, tuple[BinaryWeight, SolveRecord]]:
-    with clock("hessian"):
-        groups = accumulate(layer, linears, calls, index)
-    results = {}
-    for group in groups:
+    follow = config.refinement == "full"
+    targets = []
+    if follow:
+        with clock("reference"):
+            targets = _full_precision_outputs(layer, calls, index)
+    groups = groups_in_turn(layer, linears, calls, index) if follow else _at_once(layer, linears, calls, index)
+    results: dict[str, tuple[BinaryWeight, SolveRecord]] = {}
+    while True:
+        with clock("hessian"):
+            group = next(groups, None)
+        if group is None:
+            break
         with clock("binarize"):
-            results.update(_binarize_group(group, linears, config))
-    for name, (weight, _) in results.items():
-        # The next layer's inputs come through the binarized weights; dense for this one pass, decoded once.
-        linears[name].weight.data = weight.rounded().dequantize().to(linears[name].weight.dtype)
+            found = _binarize_group(group, linears, config)
+            _put(linears, {name: weight for name, (weight, _) in found.items()})
+            results |= found
+    if follow and config.tune_steps:
+        with clock("tune"):
+            weights = {name: weight for name, (weight, _) in results.items()}
+            weights = _tune(layer, linears, weights, calls, targets, index, config)
+            _put(linears, weights)
+            results = {name: (weights[name], record) for name, (_, record) in results.items()}
     with clock("recompute"):
         for call in calls:
             call.hidden = run_layer(layer, call, index)
             _require_finite(call.hidden, index)
+        for call, target in zip(calls, targets, strict=False):
+            call.reference = target
     for name, (weight, _) in results.items():
         linear = linears[name]
         replace_module(layer, linear, BinaryLinear.from_binary_weight(weight, linear.bias))
     return {name: results[name] for name in linears if name in results}
+
+
+def _full_precision_outputs(layer: nn.Module, calls: list[LayerCalls], index: int) -> list[Tensor]:
+    """What the full-precision model has after this layer, whose weights are still its own."""
+    for call in calls:
+        if call.reference is None:
+            call.reference = call.hidden
+    return [run_layer(layer, dataclasses.replace(call, hidden=call.reference), index) for call in calls]
+
+
+def _at_once(
+    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[LayerCalls], index: int
+) -> Iterator[InputGroup]:
+    """The published way: all Hessians from one pass through the layer in full precision."""
+    yield from accumulate(layer, linears, calls, index)
+
+
+def _put(linears: dict[str, nn.Linear], weights: dict[str, BinaryWeight]) -> None:
+    """The linears compute with their binarized weights from here on: dense, decoded once."""
+    for name, weight in weights.items():
+        linears[name].weight.data = weight.rounded().dequantize().to(linears[name].weight.dtype)
+
+
+def _tune(
+    layer: nn.Module,
+    linears: dict[str, nn.Linear],
+    weights: dict[str, BinaryWeight],
+    calls: list[LayerCalls],
+    targets: list[Tensor],
+    index: int,
+    config: ArbConfig,
+) -> dict[str, BinaryWeight]:
+    inside = {id(module): name for name, module in layer.named_modules()}
+    local = {inside[id(linears[name])]: weight for name, weight in weights.items()}
+    tuned, record = tune_layer(layer, local, calls, targets, index, config.tune_steps, config.seed)
+    logger.info("decoder layer %d: held-out loss %.4g before tuning, %.4g after", index, record.before, record.after)
+    return {name: tuned[inside[id(linears[name])]] for name in weights}
 
 
 def _require_finite(hidden: Tensor, index: int) -> None:
@@ -177,7 +232,8 @@ def _binarize_group(
         raise ArbCalibrationError(f"{', '.join(group.names)}: {error}") from error
     for name in group.names:
         try:
-            results[name] = binarize_and_record(linears[name].weight, hessian, factor, options)
+            target = group.aimed(linears[name].weight, factor)
+            results[name] = binarize_and_record(target, hessian, factor, options)
         except ArbCalibrationError as error:
             raise ArbCalibrationError(f"{name}: {error}") from error
         if factor.data_free:
