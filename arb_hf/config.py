@@ -35,8 +35,8 @@ class ArbConfig(QuantizationConfigMixin):
         max_salient_columns: salient columns per block stay below this number.
         damping: added to H's diagonal, as a fraction of its mean.
         refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README.
-        tune_steps: ``"full"`` only: gradient steps that tune each decoder layer's scales and norms, one batch each;
-            0: none. 64 are a good choice where time allows.
+        tune_steps: ``"full"`` only: each decoder layer follows the full-precision model, its linears binarized one
+            after the other, and takes so many gradient steps on its scales and norms, one batch each. 0: neither.
         dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``), a path (.txt, .raw, .jsonl,
             .parquet), a list of strings, chats, token tensors or ``{"input_ids", "attention_mask"}``, or a
             ``datasets.Dataset``.

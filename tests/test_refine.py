@@ -164,7 +164,9 @@ def test_full_beats_paper(options, scale_dtype):
     weight, hessian = problem()
     factor = factorize(hessian, weight.shape[1], 0.01)
     records = [
-        binarize_and_record(weight, hessian, factor, BinarizeOptions(refinement=refinement, scale_dtype=scale_dtype, **options))[1]
+        binarize_and_record(
+            weight, hessian, factor, BinarizeOptions(refinement=refinement, scale_dtype=scale_dtype, **options)
+        )[1]
         for refinement in ("paper", "full")
     ]
     assert records[1].output_error < 0.75 * records[0].output_error

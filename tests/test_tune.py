@@ -90,7 +90,10 @@ def test_later_groups_see_the_weights_binarized_before(at_second_layer):
 def test_tuning_lowers_the_held_out_loss(at_second_layer, options):
     layer, linears, calls = at_second_layer
     targets = [run_layer(layer, call, 1) for call in calls]
-    weights = {n: binarize_weight(each.weight, None, BinarizeOptions(refinement="full", **options)) for n, each in linears.items()}
+    weights = {
+        n: binarize_weight(each.weight, None, BinarizeOptions(refinement="full", **options))
+        for n, each in linears.items()
+    }
     state = torch.random.get_rng_state()
     norms = {name: p.clone() for name, p in layer.named_parameters() if p.dim() == 1}
     tuned, record = tune_layer(layer, weights, calls, targets, 1, steps=24, seed=0)

@@ -47,10 +47,11 @@ def binarize_full(
     form = options.form(*weight.shape, int(salient.sum()))
     curvature = _curvature(hessian, factor)
     wanted = wanted.T.contiguous()
-    blocks = list(_left_to_right(wanted, salient, factor.upper, form))
-    gradient = curvature @ (wanted - torch.cat([block.values() for block in blocks]))
+    dense = torch.empty_like(wanted)
+    blocks = list(_left_to_right(wanted, dense, salient, factor.upper, form))
+    gradient = curvature @ (wanted - dense)
     for sweep in range(SWEEPS):
-        blocks = _descend(blocks, gradient, curvature, last=sweep == SWEEPS - 1)
+        blocks = _descend(blocks, dense, gradient, curvature, last=sweep == SWEEPS - 1)
     return assemble(blocks, form)
 
 
@@ -84,8 +85,13 @@ def _spans(size: int, block_size: int) -> list[slice]:
     return [slice(first, min(first + block_size, size)) for first in range(0, size, block_size)]
 
 
-def _left_to_right(wanted: Tensor, salient: Tensor, upper: Tensor, form: BinaryForm) -> Iterator[CodedBlock]:
-    """Blocks coded one after the other; what a block cannot express is taken over by the columns after it."""
+def _left_to_right(
+    wanted: Tensor, dense: Tensor, salient: Tensor, upper: Tensor, form: BinaryForm
+) -> Iterator[CodedBlock]:
+    """Blocks coded one after the other; what a block cannot express is taken over by the columns after it.
+
+    ``dense`` receives the blocks' values.
+    """
     remaining = wanted.clone()
     for span in _spans(len(wanted), form.block_size):
         values, factor = remaining[span], upper[span, span]
@@ -95,26 +101,31 @@ def _left_to_right(wanted: Tensor, salient: Tensor, upper: Tensor, form: BinaryF
         block = fit_columns(fit_rows(nearest_codes(block, values), values, None), values, None)
         block, _ = round_with_feedback(block, values, factor)
         block = fit_columns(fit_rows(block, values, effective), values, effective)
+        dense[span] = block.values()
         if span.stop < len(wanted):
-            remaining[span.stop :] -= exact_compensation(values - block.values(), factor, upper[span, span.stop :])
+            remaining[span.stop :] -= exact_compensation(values - dense[span], factor, upper[span, span.stop :])
         yield block
 
 
-def _descend(blocks: list[CodedBlock], gradient: Tensor, hessian: Tensor, last: bool) -> list[CodedBlock]:
-    """One sweep over the blocks: row scales, column scales, codes. ``gradient`` is ``H (W - Q)``, kept up in place.
+def _descend(
+    blocks: list[CodedBlock], dense: Tensor, gradient: Tensor, hessian: Tensor, last: bool
+) -> list[CodedBlock]:
+    """One sweep over the blocks: row scales, column scales, codes.
 
+    ``dense`` is Q, ``gradient`` is ``H (W - Q)``, columns first; both are kept up in place.
     The last sweep rounds each block's scales before its codes, so that codes and later blocks make up for it.
     """
     done = []
     for block, span in zip(blocks, _spans(len(gradient), blocks[0].form.block_size), strict=True):
-        curvature, before = hessian[span, span], block.values()
+        curvature, before = hessian[span, span], dense[span]
         target = before + torch.linalg.solve(curvature, gradient[span])
         block = fit_columns(fit_rows(block, target, curvature), target, curvature)
         if last:
             block = round_scales(block)
-        dense = block.values()
-        block, dense = descend_codes(block, curvature @ (target - dense), curvature, dense)
-        gradient -= hessian[:, span] @ (dense - before)
+        now = block.values()
+        block, now = descend_codes(block, curvature @ (target - now), curvature, now)
+        gradient -= hessian[:, span] @ (now - before)
+        dense[span] = now
         done.append(block)
     return done
 

@@ -10,6 +10,7 @@ Layout: **columns first**. A block of k columns is ``[k, n]``, so that a column,
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,7 +87,16 @@ class CodedBlock:
 
     def values(self) -> Tensor:
         """The dense block ``[k, n]``."""
-        return torch.einsum("skn,sn->kn", self.features(), self.rows)
+        dense = torch.empty(self.codes.shape, dtype=self.rows.dtype, device=self.rows.device)
+        for salient, where in ((False, ~self.salient), (True, self.salient)):
+            codes = self.codes[where]
+            of_group = [torch.zeros((), device=dense.device)] * self._groups(salient)
+            for slot, group, bit in self.slots(salient):
+                term = self.columns[slot, where, None] * self.rows[slot]
+                of_group[group] = of_group[group] + (term.mul_(_signs(codes, bit)) if bit else term)
+            large = codes >= GROUP
+            dense[where] = of_group[0] if len(of_group) == 1 else torch.where(large, of_group[1], of_group[0])
+        return dense
 
 
 def _signs(codes: Tensor, bit: int) -> Tensor:
@@ -188,7 +198,9 @@ def fit_rows(block: CodedBlock, target: Tensor, hessian: Tensor | None) -> Coded
     features = block.features()
     weighted = features if hessian is None else hessian @ features
     slots = range(len(features))
-    normal = torch.stack([torch.stack([(weighted[s] * features[t]).sum(0) for t in slots], -1) for s in slots], -2)
+    normal = target.new_empty(target.shape[1], len(features), len(features))
+    for s, t in itertools.combinations_with_replacement(slots, 2):
+        normal[:, s, t] = normal[:, t, s] = (weighted[s] * features[t]).sum(0)
     wanted = torch.stack([(weighted[s] * target).sum(0) for s in slots], -1)
     rows = _proximal_solve(normal, wanted, block.rows.T)
     return replace(block, rows=rows.T.contiguous())

@@ -141,7 +141,7 @@ def _binarize_layer(
     config: ArbConfig,
     clock: _Stages,
 ) -> dict[str, tuple[BinaryWeight, SolveRecord]]:
-    follow = config.refinement == "full"
+    follow = config.tune_steps > 0
     targets = []
     if follow:
         with clock("reference"):
@@ -157,7 +157,7 @@ def _binarize_layer(
             found = _binarize_group(group, linears, config)
             _put(linears, {name: weight for name, (weight, _) in found.items()})
             results |= found
-    if follow and config.tune_steps:
+    if follow:
         with clock("tune"):
             weights = {name: weight for name, (weight, _) in results.items()}
             weights = _tune(layer, linears, weights, calls, targets, index, config)

@@ -1,4 +1,4 @@
-"""``refinement="full"`` in one decoder layer: linears in the order of their calls, each aimed at full precision.
+"""One decoder layer that follows the full-precision model: linears in the order of their calls, each aimed at it.
 
 The calibration batches pass through the layer twice side by side: as the full-precision model has them, through the
 original weights, and as the binarized model has them, through the weights binarized so far. A linear is then not asked

@@ -78,7 +78,9 @@ def tune_layer(
 
     def parameters(stored: bool) -> dict[str, Tensor]:
         dense = {
-            f"{name}.weight": _with(weights[name], scales[name], stored).dequantize().to(layer.get_parameter(f"{name}.weight").dtype)
+            f"{name}.weight": _with(weights[name], scales[name], stored)
+            .dequantize()
+            .to(layer.get_parameter(f"{name}.weight").dtype)
             for name in weights
         }
         return dense | {name: tuned.value() for name, tuned in norms.items()}
@@ -160,4 +162,6 @@ def _order(training: list[int], steps: int, seed: int) -> list[int]:
     """Training batches in shuffled rounds, by a local generator."""
     generator = torch.Generator().manual_seed(seed)
     rounds = math.ceil(steps / len(training))
-    return [training[i] for _ in range(rounds) for i in torch.randperm(len(training), generator=generator).tolist()][:steps]
+    return [training[i] for _ in range(rounds) for i in torch.randperm(len(training), generator=generator).tolist()][
+        :steps
+    ]
