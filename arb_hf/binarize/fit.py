@@ -6,7 +6,7 @@ scales over its own members. Rows without members get zeros.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Fit:
         """The same fit, restricted to some columns (bool ``[k]``)."""
         scales = None if self.columns is None else tuple(scale[columns] for scale in self.columns)
         return Fit(tuple(sign[:, columns] for sign in self.signs), self.rows, self.mean, scales)
+
+    def scales(self) -> Fit:
+        """The fit without its signs, which weigh the most."""
+        return replace(self, signs=())
 
 
 def row_mean(values: Tensor, member: Tensor, count: Tensor) -> Tensor:

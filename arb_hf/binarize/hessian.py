@@ -77,10 +77,10 @@ def _upper_factor_of_inverse(matrix: Tensor) -> Tensor | None:
     if info.item() != 0:
         return None
     inverse = torch.cholesky_inverse(lower, out=matrix)
+    del lower  # these matrices decide the peak memory of binarizing a large weight
     upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-    if info.item() != 0 or not torch.isfinite(upper).all():
-        return None
-    return upper
+    smallest, largest = upper.aminmax()  # NaN where there is one
+    return upper if info.item() == 0 and torch.isfinite(largest - smallest) else None
 
 
 def _identity(size: int, device: torch.device | None, dead: Tensor | None = None) -> HessianFactor:

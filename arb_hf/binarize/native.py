@@ -32,6 +32,22 @@ def split_errors(metric: Tensor, thresholds: Tensor, order: int) -> Tensor:
     return errors
 
 
+def output_errors(
+    metric: Tensor, thresholds: Tensor, ordinary: Tensor, rest: Tensor, second_moment: Tensor
+) -> Tensor:
+    """See :func:`arb_hf.binarize.search.output_errors`."""
+    block = metric.new_empty(len(metric), ordinary.numel())
+    block[:, ordinary], block[:, ~ordinary] = metric, rest
+    columns, moment = ordinary.nonzero().flatten(), second_moment.double()
+    moment = (moment + moment.T) / 2
+    metric, thresholds = metric.contiguous(), thresholds.contiguous()
+    errors = torch.empty(thresholds.numel(), dtype=torch.float64)
+    sizes = (*block.shape, columns.numel())
+    candidates = thresholds.numel()
+    _call("arb_output_errors", block, metric, columns, *sizes, thresholds, candidates, moment, native.isa(), errors)
+    return errors
+
+
 def sort_magnitudes(values: Tensor) -> Tensor:
     """Non-negative values ``[k]`` in ascending order."""
     ordered = values.clone()

@@ -84,6 +84,8 @@ def output_errors(metric: Tensor, thresholds: Tensor, ordinary: Tensor, rest: Te
         rest: what the salient columns leave, ``[n, c - k]``.
         second_moment: S, ``[c, c]``.
     """
+    if native.usable(metric):
+        return native.output_errors(metric, thresholds, ordinary, rest, second_moment)
     within, across = second_moment[ordinary][:, ordinary], second_moment[~ordinary][:, ordinary]
     total = ((rest @ second_moment[~ordinary][:, ~ordinary]) * rest).sum(dtype=torch.float64)
     errors = total.expand(thresholds.numel()).clone()

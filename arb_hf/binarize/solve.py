@@ -112,11 +112,11 @@ def _binarize_published(
         values = remaining[:, columns]
         second_moment = _second_moment(hessian, columns, factor)
         parts = _partition(values, diagonal[columns], second_moment, options)
-        block = _binarize_block(values, parts, second_moment, options)
+        block, binarized = _binarize_block(values, parts, second_moment, options)
         blocks.append(block)
         if columns.stop < m:
-            error = (values - block.values) / diagonal[columns]
-            remaining[:, columns.stop :] -= error @ factor.upper[columns, columns.stop :]
+            error = (values - binarized) / diagonal[columns]
+            remaining[:, columns.stop :].addmm_(error, factor.upper[columns, columns.stop :], alpha=-1)
     return _assemble(blocks, n, m, options)
 
 
@@ -152,17 +152,19 @@ def _partition(values: Tensor, diagonal: Tensor, second_moment: Tensor, options:
 
 @dataclass(frozen=True)
 class _Block:
-    """A binarized block: its partition, the fits of its ordinary and salient groups, and their dense values."""
+    """A binarized block: its partition, the scales of its ordinary and salient groups, and the sign planes."""
 
     parts: Partition
     ordinary: list[Fit]
     salient: list[Fit]
-    values: Tensor
     signs: Tensor
     second_signs: Tensor
 
 
-def _binarize_block(values: Tensor, parts: Partition, second_moment: Tensor, options: BinarizeOptions) -> _Block:
+def _binarize_block(
+    values: Tensor, parts: Partition, second_moment: Tensor, options: BinarizeOptions
+) -> tuple[_Block, Tensor]:
+    """The block, and its dense values."""
     dense, signs = torch.empty_like(values), torch.empty_like(values)
     fits, second_signs = [], torch.empty(0)
     for columns, order in ((~parts.salient, 1), (parts.salient, 2)):
@@ -173,8 +175,8 @@ def _binarize_block(values: Tensor, parts: Partition, second_moment: Tensor, opt
         planes = [torch.where(large, group_fits[-1].signs[i], group_fits[0].signs[i]) for i in range(order)]
         signs[:, columns] = planes[0]
         second_signs = planes[-1]
-        fits.append(group_fits)
-    return _Block(parts, fits[0], fits[1], dense, signs.to(torch.int8), second_signs.to(torch.int8))
+        fits.append([fit.scales() for fit in group_fits])
+    return _Block(parts, fits[0], fits[1], signs.to(torch.int8), second_signs.to(torch.int8)), dense
 
 
 def _members(values: Tensor, parts: Partition, columns: Tensor, grouped: bool) -> list[Tensor]:

@@ -90,7 +90,7 @@ typedef void arb_decode_function(const arb_layer *layer, const arb_plan *plan, c
                                  int64_t start, int64_t stop, void *out, int type);
 arb_decode_function *arb_decode_of(int isa);
 #ifdef ARB_X86
-arb_decode_function arb_decode_avx512;
+arb_decode_function arb_decode_avx2, arb_decode_avx512;
 #endif
 
 float arb_half_to_float(uint16_t half);

@@ -4,43 +4,12 @@
  * nibble's sum of four activations for 32 rows, its low and its high byte. The eight sums of a word fit 16 bits, as the
  * entries have 13; words are added in 32 bits: exact.
  */
-#include "linear.h"
+#include "linear_avx2.h"
 
 #ifdef ARB_X86
-#include <immintrin.h>
 #include <math.h>
-#include <string.h>
 
-#define TARGET ARB_TARGET_AVX2
-#define INLINE static inline __attribute__((always_inline)) TARGET
-
-enum { ROWS = 32 };
 static const float LARGEST = 4092.0f; /* of 4095, less the rounding of four activations */
-
-/* Eight values of a scale type as float32; int8 codes as they are. */
-INLINE __m256 load(const void *values, int64_t index, int type) {
-    switch (type) {
-    case ARB_FLOAT16: return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)values + index)));
-    case ARB_FLOAT32: return _mm256_loadu_ps((const float *)values + index);
-    case ARB_INT8: {
-        __m128i codes = _mm_loadl_epi64((const __m128i *)((const int8_t *)values + index));
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
-    }
-    default: {
-        __m128i bits = _mm_loadu_si128((const __m128i *)((const uint16_t *)values + index));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-    }
-    }
-}
-
-/* `count` of up to 8 values, the others 0. */
-INLINE __m256 load_some(const void *values, int64_t index, int type, int64_t count) {
-    static const int sizes[] = {2, 2, 4, 1};
-    _Alignas(32) char padded[32] = {0};
-    if (count >= 8) return load(values, index, type);
-    if (count > 0) memcpy(padded, (const char *)values + index * sizes[type], count * sizes[type]);
-    return load(padded, 0, type);
-}
 
 /* Activations of a section times the column scales of a group, as integers; returns their unit. */
 TARGET static float quantize(const arb_section *section, int group, int scale_type, const float *stored, int16_t *quantized) {
@@ -102,25 +71,6 @@ TARGET static void build(const arb_layer *layer, const arb_plan *plan, int64_t b
     }
 }
 
-/* 32 bits of a plane for `count` rows, the other rows 0. */
-INLINE void load_words(const uint32_t *plane, int64_t n, int word, int words, int shift, int count, __m256i to[4]) {
-    uint32_t buffer[2][ROWS];
-    const uint32_t *low = plane + word * n, *high = word + 1 < words ? plane + (word + 1) * n : NULL;
-    if (count < ROWS) {
-        memset(buffer, 0, sizeof buffer);
-        memcpy(buffer[0], low, count * sizeof *low);
-        if (high && shift) memcpy(buffer[1], high, count * sizeof *high);
-        low = buffer[0], high = high ? buffer[1] : NULL;
-    }
-    for (int i = 0; i < 4; i++) to[i] = _mm256_loadu_si256((const __m256i *)low + i);
-    if (!shift) return;
-    __m128i right = _mm_cvtsi32_si128(shift), left = _mm_cvtsi32_si128(32 - shift);
-    for (int i = 0; i < 4; i++) {
-        to[i] = _mm256_srl_epi32(to[i], right);
-        if (high) to[i] = _mm256_or_si256(to[i], _mm256_sll_epi32(_mm256_loadu_si256((const __m256i *)high + i), left));
-    }
-}
-
 /* Words of 32 rows to nibbles: to[i] has nibble i of row 8 * (k / 4) + 4 * L + k % 4 in byte k of its 128-bit lane L. */
 INLINE void nibbles_of(const __m256i words[4], __m256i to[8]) {
     const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
@@ -149,9 +99,9 @@ INLINE void look_up(const __m256i nibbles[8], const int8_t (*table)[2][16], int 
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
         if (i >= count) break;
-        __m256i both = _mm256_loadu_si256((const __m256i *)table[i]);
-        __m256i low = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0x44), nibbles[i]);
-        __m256i high = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0xee), nibbles[i]);
+        const __m128i *entries = (const __m128i *)table[i];
+        __m256i low = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(entries)), nibbles[i]);
+        __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(entries + 1)), nibbles[i]);
         half[0] = _mm256_add_epi16(half[0], _mm256_unpacklo_epi8(low, high));
         half[1] = _mm256_add_epi16(half[1], _mm256_unpackhi_epi8(low, high));
     }

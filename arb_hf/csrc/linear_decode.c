@@ -1,4 +1,4 @@
-/* Tiles of dense weights for the library's matmul: portable C, compiled for AVX2 too. */
+/* Tiles of dense weights for the library's matmul: portable C. */
 #include <string.h>
 
 #include "linear.h"
@@ -126,17 +126,10 @@ static void plain(const arb_layer *layer, const arb_plan *plan, const int32_t *o
     decode_block(layer, plan, order, block, start, stop, out, type);
 }
 
-#ifdef ARB_X86
-ARB_TARGET_AVX2 static void avx2(const arb_layer *layer, const arb_plan *plan, const int32_t *order, int64_t block,
-                                 int64_t start, int64_t stop, void *out, int type) {
-    decode_block(layer, plan, order, block, start, stop, out, type);
-}
-#endif
-
 arb_decode_function *arb_decode_of(int isa) {
 #ifdef ARB_X86
     if (isa == ARB_AVX512) return arb_decode_avx512;
-    if (isa == ARB_AVX2) return avx2;
+    if (isa == ARB_AVX2) return arb_decode_avx2;
 #endif
     (void)isa;
     return plain;

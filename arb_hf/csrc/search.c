@@ -194,11 +194,11 @@ typedef struct {
     Round *rounds;
 } Workspace;
 
-/* limits: for every threshold the smallest double above its negative, then the threshold. */
-static void add_split_gains(const Workspace *w, const double *limits, int64_t candidates, int64_t order, int64_t isa,
-                            double *gains) {
+/* Both groups and their first rounds under every threshold. limits: for every threshold the smallest double above its
+ * negative, then the threshold. */
+static void first_rounds(const Workspace *w, const double *limits, int64_t candidates, int64_t isa) {
     SortedRow row = w->row;
-    int64_t groups = 2 * candidates, *found = w->found;
+    int64_t groups = 2 * candidates;
     locate_of[isa](row.value, row.width, limits, groups, w->bounds);
     for (int64_t i = 0; i < groups; i++) {
         int64_t low = w->bounds[i & ~1], high = w->bounds[i | 1]; /* crossed by a threshold of 0: no small group */
@@ -206,11 +206,15 @@ static void add_split_gains(const Workspace *w, const double *limits, int64_t ca
         Part all = members_below(row, w->groups[i], row.count);
         w->x[i] = all.count > 0 ? all.sum / all.count : 0;
     }
-    locate_of[isa](row.value, row.width, w->x, groups, found);
-    for (int64_t i = 0; i < groups; i++) {
-        w->rounds[i] = first_round(row, w->groups[i], w->x[i], found[i]);
-        gains[i / 2] += first_gain(w->rounds[i]);
-    }
+    locate_of[isa](row.value, row.width, w->x, groups, w->found);
+    for (int64_t i = 0; i < groups; i++) w->rounds[i] = first_round(row, w->groups[i], w->x[i], w->found[i]);
+}
+
+static void add_split_gains(const Workspace *w, const double *limits, int64_t candidates, int64_t order, int64_t isa,
+                            double *gains) {
+    int64_t groups = 2 * candidates, *found = w->found;
+    first_rounds(w, limits, candidates, isa);
+    for (int64_t i = 0; i < groups; i++) gains[i / 2] += first_gain(w->rounds[i]);
     if (order == 1) return;
     double *low = w->x + groups, *high = low + groups;
     for (int64_t i = 0; i < groups; i++) {
@@ -218,9 +222,9 @@ static void add_split_gains(const Workspace *w, const double *limits, int64_t ca
         low[i] = centre - w->rounds[i].scale;
         high[i] = centre + w->rounds[i].scale;
     }
-    locate_of[isa](row.value, row.width, low, 2 * groups, found + groups);
+    locate_of[isa](w->row.value, w->row.width, low, 2 * groups, found + groups);
     for (int64_t i = 0; i < groups; i++)
-        gains[i / 2] += second_gain(row, w->groups[i], w->rounds[i], found[i], found[groups + i], found[2 * groups + i]);
+        gains[i / 2] += second_gain(w->row, w->groups[i], w->rounds[i], found[i], found[groups + i], found[2 * groups + i]);
 }
 
 /* Batcher's odd-even merge sort of `width` (a power of two) values in every lane. */
@@ -262,26 +266,34 @@ static void workspace_free(Workspace *w) {
     free(w->groups), free(w->rounds);
 }
 
-static void split_tile(const float *metric, int64_t rows, int64_t t, const double *limits, int64_t candidates,
-                       int64_t order, int64_t isa, const Workspace *w, double *errors) {
-    SortedRow row = w->row;
-    double energy = 0, *gains = w->gains;
-    int64_t first = t * LANES, lanes = tile_lanes(rows, t);
-    for (int64_t i = 0; i < row.width * LANES; i++) w->tile[i] = INFINITY;
-    for (int64_t l = 0; l < lanes; l++)
-        for (int64_t j = 0; j < row.count; j++) w->tile[j * LANES + l] = metric[(first + l) * row.count + j];
-    sort_tile_of[isa](w->tile, row.width);
-    memset(gains, 0, sizeof(double) * (size_t)candidates);
-    for (int64_t l = 0; l < lanes; l++) {
-        row.sum[0] = 0;
-        for (int64_t j = 0; j < row.width; j++) row.value[j] = w->tile[j * LANES + l];
-        for (int64_t j = 0; j < row.count; j++) {
-            row.sum[j + 1] = row.sum[j] + row.value[j];
-            energy += row.value[j] * row.value[j];
-        }
-        add_split_gains(w, limits, candidates, order, isa, gains);
+/* The rows of a tile, every one in ascending order, and infinity where there are no rows or columns. */
+static void sorted_tile(const float *metric, int64_t rows, int64_t t, int64_t isa, const Workspace *w) {
+    for (int64_t i = 0; i < w->row.width * LANES; i++) w->tile[i] = INFINITY;
+    for (int64_t l = 0; l < tile_lanes(rows, t); l++)
+        for (int64_t j = 0; j < w->row.count; j++)
+            w->tile[j * LANES + l] = metric[(t * LANES + l) * w->row.count + j];
+    sort_tile_of[isa](w->tile, w->row.width);
+}
+
+/* Puts lane l of the sorted tile in w->row; returns its energy. */
+static double take_row(const Workspace *w, int64_t l) {
+    double energy = 0, *value = w->row.value, *sum = w->row.sum;
+    sum[0] = 0;
+    for (int64_t j = 0; j < w->row.width; j++) value[j] = w->tile[j * LANES + l];
+    for (int64_t j = 0; j < w->row.count; j++) {
+        sum[j + 1] = sum[j] + value[j];
+        energy += value[j] * value[j];
     }
-    for (int64_t k = 0; k < candidates; k++) errors[k] = energy - gains[k];
+    return energy;
+}
+
+static double *new_limits(const float *thresholds, int64_t candidates) {
+    double *limits = malloc(sizeof(double) * 2 * (size_t)candidates);
+    for (int64_t k = 0; k < candidates && limits; k++) {
+        limits[2 * k] = nextafter(-(double)thresholds[k], INFINITY);
+        limits[2 * k + 1] = thresholds[k];
+    }
+    return limits;
 }
 
 /* errors[k]: what BR of `order` rounds leaves of `metric` [rows, columns], of both groups, split at
@@ -289,16 +301,11 @@ static void split_tile(const float *metric, int64_t rows, int64_t t, const doubl
 ARB_EXPORT int arb_split_errors(const float *metric, int64_t rows, int64_t columns, const float *thresholds,
                                 int64_t candidates, int64_t order, int64_t isa, double *errors) {
     int64_t tiles = tile_count(rows);
-    double *partial = malloc(sizeof(double) * (size_t)(tiles * candidates));
-    double *limits = malloc(sizeof(double) * 2 * (size_t)candidates);
+    double *partial = malloc(sizeof(double) * (size_t)(tiles * candidates)), *limits = new_limits(thresholds, candidates);
     int failed = 0;
     if (partial == NULL || limits == NULL) {
         free(partial), free(limits);
         return -1;
-    }
-    for (int64_t k = 0; k < candidates; k++) {
-        limits[2 * k] = nextafter(-(double)thresholds[k], INFINITY);
-        limits[2 * k + 1] = thresholds[k];
     }
 #pragma omp parallel reduction(| : failed)
     {
@@ -306,9 +313,140 @@ ARB_EXPORT int arb_split_errors(const float *metric, int64_t rows, int64_t colum
         int ready = workspace_new(columns, candidates, &w);
         failed |= !ready;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiles; t++)
-            if (ready) split_tile(metric, rows, t, limits, candidates, order, isa, &w, partial + t * candidates);
+        for (int64_t t = 0; t < tiles; t++) {
+            if (!ready) continue;
+            double energy = 0, *of_tile = partial + t * candidates;
+            memset(w.gains, 0, sizeof(double) * (size_t)candidates);
+            sorted_tile(metric, rows, t, isa, &w);
+            for (int64_t l = 0; l < tile_lanes(rows, t); l++) {
+                energy += take_row(&w, l);
+                add_split_gains(&w, limits, candidates, order, isa, w.gains);
+            }
+            for (int64_t k = 0; k < candidates; k++) of_tile[k] = energy - w.gains[k];
+        }
         workspace_free(&w);
+    }
+    add_tiles(partial, tiles, candidates, errors);
+    free(partial), free(limits);
+    return failed ? -1 : 0;
+}
+
+/* ---- group splits by output error (ARB-X) ------------------------------------------------------------------------ */
+
+/* With S the residual of a row is x - sum_p level_p plane_p, where x is the row and planes 0 and 1 are the members and
+ * the signs of the small-magnitude group, 2 and 3 those of the large one. Its output error is a quadratic form of the
+ * levels. From one threshold to the next few entries of the planes change, and with `product` = S times each vector at
+ * hand (x comes last) a change costs one row of S. */
+enum { PLANES = 4, VECTORS = 5, NOWHERE = -1 };
+
+typedef struct {
+    int64_t width;
+    const double *second_moment;
+    double *product[VECTORS], *x;
+    double gram[VECTORS][VECTORS];
+    int *group, *sign; /* of every column */
+} OutputRow;
+
+/* Adds `amount` to one entry of a vector. */
+ARB_INLINE void change_entry(OutputRow *row, int vector, int64_t column, double amount) {
+    const double *moment = row->second_moment + column * row->width;
+    double *product = row->product[vector];
+    for (int v = 0; v < VECTORS; v++) {
+        row->gram[vector][v] += amount * row->product[v][column];
+        row->gram[v][vector] += amount * row->product[v][column];
+    }
+    row->gram[vector][vector] += amount * amount * moment[column];
+    for (int64_t j = 0; j < row->width; j++) product[j] += amount * moment[j];
+}
+
+/* Lets planes and products follow from one threshold's rounds to those of the next. */
+ARB_INLINE void follow(OutputRow *row, const int64_t *columns, int64_t count, float threshold, const Round *rounds) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t column = columns[i];
+        double value = row->x[column];
+        int group = fabs(value) >= threshold, old = row->group[i];
+        int sign = (value > rounds[group].mean) - (value < rounds[group].mean);
+        if (group != old) {
+            if (old != NOWHERE) {
+                change_entry(row, 2 * old, column, -1);
+                if (row->sign[i]) change_entry(row, 2 * old + 1, column, -row->sign[i]);
+            }
+            change_entry(row, 2 * group, column, 1);
+            row->sign[i] = 0;
+        }
+        if (sign != row->sign[i]) change_entry(row, 2 * group + 1, column, sign - row->sign[i]);
+        row->group[i] = group;
+        row->sign[i] = sign;
+    }
+}
+
+static inline double output_error(const OutputRow *row, const Round *rounds) {
+    double level[VECTORS] = {-rounds[0].mean, -rounds[0].scale, -rounds[1].mean, -rounds[1].scale, 1}, error = 0;
+    for (int u = 0; u < VECTORS; u++)
+        for (int v = 0; v < VECTORS; v++) error += level[u] * level[v] * row->gram[u][v];
+    return error;
+}
+
+ARB_INLINE void add_output_errors(OutputRow *row, const float *x, const int64_t *columns, int64_t count,
+                                  const float *thresholds, int64_t candidates, const Round *rounds, double *errors) {
+    memset(row->gram, 0, sizeof row->gram);
+    for (int v = 0; v < VECTORS; v++) memset(row->product[v], 0, sizeof(double) * (size_t)row->width);
+    for (int64_t j = 0; j < row->width; j++) row->x[j] = x[j];
+    for (int64_t j = 0; j < row->width; j++) change_entry(row, PLANES, j, row->x[j]);
+    for (int64_t i = 0; i < count; i++) row->group[i] = NOWHERE, row->sign[i] = 0;
+    for (int64_t k = 0; k < candidates; k++) {
+        follow(row, columns, count, thresholds[k], rounds + 2 * k);
+        errors[k] += output_error(row, rounds + 2 * k);
+    }
+}
+
+ARB_DISPATCH(add_output_errors,
+             (OutputRow * row, const float *x, const int64_t *columns, int64_t count, const float *thresholds,
+              int64_t candidates, const Round *rounds, double *errors),
+             (row, x, columns, count, thresholds, candidates, rounds, errors))
+
+static int output_row_new(int64_t width, const double *second_moment, OutputRow *row) {
+    double *room = malloc(sizeof(double) * (VECTORS + 1) * (size_t)width);
+    int *codes = malloc(sizeof(int) * 2 * (size_t)width);
+    *row = (OutputRow){.width = width, .second_moment = second_moment, .x = room, .group = codes};
+    if (room == NULL || codes == NULL) return 0;
+    row->sign = codes + width;
+    for (int v = 0; v < VECTORS; v++) row->product[v] = room + (v + 1) * width;
+    return 1;
+}
+
+/* errors[k]: output error under `second_moment` [width, width], symmetric, of `block` [rows, width] when its `columns`
+ * [count], also given as `metric` [rows, count], are replaced by first-order BR of both groups, split at thresholds[k]
+ * (ascending). Returns 0, or -1 without memory. */
+ARB_EXPORT int arb_output_errors(const float *block, const float *metric, const int64_t *columns, int64_t rows,
+                                 int64_t width, int64_t count, const float *thresholds, int64_t candidates,
+                                 const double *second_moment, int64_t isa, double *errors) {
+    int64_t tiles = tile_count(rows);
+    double *partial = calloc((size_t)(tiles * candidates), sizeof(double)), *limits = new_limits(thresholds, candidates);
+    int failed = 0;
+    if (partial == NULL || limits == NULL) {
+        free(partial), free(limits);
+        return -1;
+    }
+#pragma omp parallel reduction(| : failed)
+    {
+        Workspace w;
+        OutputRow row;
+        int ready = workspace_new(count, candidates, &w) & output_row_new(width, second_moment, &row);
+        failed |= !ready;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; t++) {
+            if (!ready) continue;
+            sorted_tile(metric, rows, t, isa, &w);
+            for (int64_t l = 0; l < tile_lanes(rows, t); l++) {
+                take_row(&w, l);
+                first_rounds(&w, limits, candidates, isa);
+                add_output_errors_of[isa](&row, block + (t * LANES + l) * width, columns, count, thresholds, candidates,
+                                          w.rounds, partial + t * candidates);
+            }
+        }
+        workspace_free(&w);
+        free(row.x), free(row.group);
     }
     add_tiles(partial, tiles, candidates, errors);
     free(partial), free(limits);

@@ -13,6 +13,8 @@
 
 #define EPSILON 1e-8
 
+enum { WORTH_THREADS = 4096 }; /* columns of tiles in one short pass: below, waking threads costs more */
+
 static inline double sign_of(double x) { return (x > 0 ? 1.0 : 0.0) - (x < 0 ? 1.0 : 0.0); }
 
 /* Signs with first * a + second * b nearest to x; of equals the first in --, -+, +-, ++. */
@@ -276,7 +278,7 @@ static ScaleTile scale_tile(const ScaleFit *fit, int64_t t) {
 /* One step over all tiles; the column scales of order o follow from the sums. */
 static void scale_pass(const ScaleFit *fit, int64_t step, int64_t o) {
     int64_t columns = fit->columns;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (fit->tiles * columns >= WORTH_THREADS)
     for (int64_t t = 0; t < fit->tiles; t++) {
         double *top = fit->sums + 2 * columns * (t + 1);
         scale_step_of[fit->isa](scale_tile(fit, t), step, columns, o, fit->column, top, top + columns);

@@ -11,6 +11,7 @@ fastest that there is for the device.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from types import ModuleType
 
@@ -82,14 +83,28 @@ def kernel_for(device_type: str) -> ModuleType:
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted not in KERNELS:
         raise RuntimeError(f"{VARIABLE}={wanted} is unknown; it can be {', '.join(KERNELS)}")
-    if wanted == "reference":
-        return reference
-    if wanted == "cpu" or (wanted == "auto" and device_type == "cpu" and native.library() is not None):
+    if wanted == "cpu":
         if device_type != "cpu":
-            raise RuntimeError(f"{VARIABLE}=cpu runs on the CPU; these tensors are on {device_type}")
+            raise RuntimeError(f"{VARIABLE}=cpu runs on the CPU only; these tensors are on {device_type}")
         native.require()
         return cpu
+    if wanted == "triton":
+        return _triton(device_type)
+    if wanted == "auto" and device_type == "cpu" and native.library() is not None:
+        return cpu
+    if wanted == "auto" and device_type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return _triton(device_type)
     return reference
+
+
+def _triton(device_type: str) -> ModuleType:
+    """:mod:`arb_hf.kernels.triton`, imported at its first use: triton is optional."""
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{VARIABLE}=triton runs on a GPU; these tensors are on the CPU")
+    try:
+        return importlib.import_module(".triton", __name__)
+    except ImportError as error:
+        raise RuntimeError(f"{VARIABLE}=triton needs triton: python -m pip install triton ({error})") from error
 
 
 def shortcut_for(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ from ..form import BinaryForm
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 TILE_ROWS = 480  # rows decoded at a time; not a multiple of 512, lest the columns of a tile share their cache sets
-TABLE_TOKENS = 12  # at most so many tokens go by lookup tables; measured, see examples/benchmarks/inference.py
+TABLE_TOKENS = 16  # at most so many tokens go by lookup tables; measured, see examples/benchmarks/inference.py
 
 
 class Layer(ctypes.Structure):
