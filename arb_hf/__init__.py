@@ -9,8 +9,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from . import nn
 from .binarize import BinaryWeight, binarize_weight
 from .config import QUANT_METHOD, ArbConfig
-from .errors import ArbCalibrationError, ArbFormatError
-from .hub import from_pretrained
+from .errors import ArbCalibrationError, ArbFormatError, ArbUploadError
+from .hub import from_pretrained, load_report, push_folder, push_to_hub, save_pretrained
 from .inspection import bits_per_weight, dequantize, summary
 from .quantizer import ArbHfQuantizer
 from .report import ArbReport
@@ -22,12 +22,17 @@ __all__ = [
     "ArbConfig",
     "ArbFormatError",
     "ArbReport",
+    "ArbUploadError",
     "BinaryWeight",
     "binarize_weight",
     "bits_per_weight",
     "dequantize",
     "from_pretrained",
+    "load_report",
     "nn",
+    "push_folder",
+    "push_to_hub",
+    "save_pretrained",
     "summary",
 ]
 

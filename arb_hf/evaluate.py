@@ -34,11 +34,11 @@ def perplexity(
     max_windows: int | None = None,
     batch_size: int = 1,
 ) -> float:
-    """Perplexity over non-overlapping windows: exp of the mean loss of each window's ``sequence_length - 1`` predictions.
+    """Perplexity over non-overlapping windows: exp of the mean loss of all but each window's first token.
 
     Args:
-        tokenizer_or_tokens: the model's tokenizer; or the tokens themselves, int64 ``[tokens]`` or ``[windows, length]``,
-            and ``text`` is not used.
+        tokenizer_or_tokens: the model's tokenizer; or the tokens themselves, int64 ``[tokens]`` or
+            ``[windows, length]``, and ``text`` is not used.
         text: a name (its test split), a path, a list of strings or a ``datasets.Dataset``, as ``ArbConfig.dataset``.
         sequence_length: tokens per window.
         max_windows: only the first so many; None for all.
@@ -167,12 +167,14 @@ def _read_items(items: Any) -> list[Mapping[str, Any]]:
             and 0 <= row["gold"] < len(choices)
         )
         if not well_formed:
-            raise ValueError(f"item {number} is not {{'query': str, 'choices': [str, ...], 'gold': index}}: {row!r:.200}")
+            raise ValueError(
+                f"item {number} is not {{'query': str, 'choices': [str, ...], 'gold': index}}: {row!r:.200}"
+            )
     return rows
 
 
 def _encode(tokenizer: Any, query: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of the query and of what follows it; blanks at the query's end belong to what follows, as in the harness."""
+    """Tokens of the query and of what follows; blanks at the query's end belong to what follows, as in the harness."""
     stripped = query.rstrip()
     whole = tokenizer(query + continuation)["input_ids"]
     context = tokenizer(stripped)["input_ids"] if stripped else []
@@ -205,7 +207,7 @@ def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], li
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods, float32 ``[batch, length]``, of ``targets`` under ``logits [batch, length, vocabulary]``."""
+    """Negative log-likelihoods, float32, of ``targets [batch, length]`` under ``logits [batch, length, vocabulary]``."""
     parts = [
         functional.cross_entropy(rows.float(), wanted, reduction="none")
         for sequence, target in zip(logits, targets.to(logits.device), strict=True)

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .checkpoint import binary_modules
+from .light.headers import kind_of
 from .quantizer import replace_by_dense
 
 
@@ -29,7 +30,7 @@ def summary(model: nn.Module) -> str:
     binary = binary_modules(model)
     rows: dict[str, list[int]] = {}
     for name, module in binary.items():
-        row = rows.setdefault(_kind(name), [0, 0, 0])
+        row = rows.setdefault(kind_of(name), [0, 0, 0])
         row[0] += 1
         row[1] += module.form.out_features * module.form.in_features
         row[2] += module.form.bits()
@@ -50,13 +51,6 @@ def summary(model: nn.Module) -> str:
 
 def _line(kind: str, count: int | str, weights: int, bits: int) -> str:
     return f"{kind:<28}{count:>8}{weights:>14,}{bits / max(weights, 1):>13.3f}{bits / 8e6:>10.2f}"
-
-
-def _kind(name: str) -> str:
-    """The name within the decoder layer: what follows the last number."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
 
 
 def dequantize(model: PreTrainedModel) -> PreTrainedModel:

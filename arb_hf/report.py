@@ -8,11 +8,15 @@ import io
 import json
 import os
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .binarize import SolveRecord
+from .errors import ArbFormatError
+
+REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,28 @@ class MatrixRecord:
         return flat | flat.pop("solve")
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One quality figure of the packed model.
+
+    Attributes:
+        metric: ``"perplexity"``, ``"acc"`` or ``"acc_norm"``.
+        data: what it was measured on: a data set's name or a file's.
+        protocol: how, in words: ``"40 windows of 512 tokens"``.
+        value: of the packed model.
+        baseline: of the original in full precision by the same protocol, or None.
+    """
+
+    metric: str
+    data: str
+    protocol: str
+    value: float
+    baseline: float | None = None
+
+
 @dataclass
 class ArbReport:
-    """The record of a run, on ``model.arb_report``.
+    """The record of a run, on ``model.arb_report``; kept beside a saved model as ``arb_report.json``.
 
     Attributes:
         config: the options used (``ArbConfig.to_dict()``).
@@ -48,6 +71,7 @@ class ArbReport:
         matrices: a record per binarized matrix.
         stages: seconds spent per stage of the run.
         versions: of the packages that took part.
+        measurements: quality figures, added by :meth:`add`.
     """
 
     config: dict[str, Any]
@@ -57,6 +81,47 @@ class ArbReport:
     matrices: list[MatrixRecord] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     versions: dict[str, str] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ArbReport:
+        """Inverse of :meth:`to_dict`; entries that a newer version added are left out.
+
+        Raises:
+            ArbFormatError: a part is missing or of another kind.
+        """
+        try:
+            return cls(
+                config=dict(data["config"]),
+                model=str(data["model"]),
+                samples=int(data["samples"]),
+                tokens=int(data["tokens"]),
+                matrices=[_matrix(row) for row in data["matrices"]],
+                stages=defaultdict(float, data["stages"]),
+                versions=dict(data["versions"]),
+                measurements=[_known(Measurement, each) for each in data.get("measurements", [])],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArbFormatError(f"not a report of an arb_hf run: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> ArbReport:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ArbFormatError: the file is not such a report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArbFormatError(f"{path}: not JSON ({error})") from error
+        return cls.from_dict(data)
+
+    def add(self, measurement: Measurement) -> None:
+        """Keep a quality figure, instead of an earlier one of the same metric, data and protocol."""
+        key = (measurement.metric, measurement.data, measurement.protocol)
+        self.measurements = [each for each in self.measurements if (each.metric, each.data, each.protocol) != key]
+        self.measurements.append(measurement)
 
     @property
     def bits_per_weight(self) -> float:
@@ -66,8 +131,7 @@ class ArbReport:
     @property
     def output_error(self) -> float:
         """Mean relative output error of the matrices that have one."""
-        errors = [each.solve.output_error for each in self.matrices if each.solve.output_error is not None]
-        return sum(errors) / len(errors) if errors else 0.0
+        return _mean_error(self.matrices)
 
     @property
     def seconds(self) -> float:
@@ -84,6 +148,7 @@ class ArbReport:
             "seconds": self.seconds,
             "stages": dict(self.stages),
             "versions": self.versions,
+            "measurements": [dataclasses.asdict(each) for each in self.measurements],
             "matrices": [each.row() for each in self.matrices],
         }
 
@@ -107,11 +172,7 @@ class ArbReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("report.plot() needs matplotlib: pip install 'arb_hf[plot]'") from error
-        figure = Figure(figsize=(9, 6), layout="constrained")
+        figure = _figure()
         errors, bits = figure.subplots(2, 1, sharex=True)
         for kind, records in self.by_kind().items():
             layers = [each.layer for each in records]
@@ -134,6 +195,10 @@ class ArbReport:
             kinds.setdefault(record.kind, []).append(record)
         return kinds
 
+    def errors_by_kind(self) -> dict[str, float]:
+        """Mean relative output error by kind of matrix; 0 for a kind that has none."""
+        return {kind: _mean_error(records) for kind, records in self.by_kind().items()}
+
     def table(self) -> str:
         """A table by kind of matrix: count, shape, mean output error, bits per weight."""
         lines = [f"{'kind':<28}{'count':>6}{'shape':>16}{'output error':>14}{'bits/weight':>13}"]
@@ -147,6 +212,62 @@ class ArbReport:
             f"{'all':<28}{len(self.matrices):>6}{'':>16}{self.output_error:>14.4f}{self.bits_per_weight:>13.3f}"
         )
         return "\n".join(lines)
+
+
+def plot_comparison(reports: Mapping[str, ArbReport], path: str | os.PathLike) -> None:
+    """Mean output error by decoder layer and by kind of matrix, a colour per run, to an image file.
+
+    Args:
+        reports: the runs by the names to draw them under.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure()
+    layers, kinds = figure.subplots(2, 1)
+    names = list(dict.fromkeys(kind for report in reports.values() for kind in report.by_kind()))
+    width = 0.8 / len(reports)
+    for index, (label, report) in enumerate(reports.items()):
+        by_layer: dict[int, list[MatrixRecord]] = defaultdict(list)
+        for record in report.matrices:
+            by_layer[record.layer].append(record)
+        text = f"{label}: {report.config['method']}, {report.bits_per_weight:.2f} bits per weight"
+        layers.plot(list(by_layer), [_mean_error(each) for each in by_layer.values()], marker=".", label=text)
+        by_kind = report.by_kind()
+        kinds.bar(
+            [position + index * width for position in range(len(names))],
+            [_mean_error(by_kind.get(name, [])) for name in names],
+            width,
+        )
+    layers.set(xlabel="decoder layer", ylabel="mean relative output error")
+    layers.legend(fontsize="small")
+    kinds.set(ylabel="mean relative output error")
+    kinds.set_xticks([position + 0.4 - width / 2 for position in range(len(names))], names, fontsize="small")
+    for axes in (layers, kinds):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'arb_hf[plot]'") from error
+    return Figure(figsize=(9, 6), layout="constrained")
+
+
+def _mean_error(records: Sequence[MatrixRecord]) -> float:
+    errors = [each.solve.output_error for each in records if each.solve.output_error is not None]
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def _known(kind: Any, entries: dict[str, Any]) -> Any:
+    """A dataclass from those entries that it has."""
+    return kind(**{each.name: entries[each.name] for each in dataclasses.fields(kind) if each.name in entries})
+
+
+def _matrix(row: dict[str, Any]) -> MatrixRecord:
+    return _known(MatrixRecord, row | {"solve": _known(SolveRecord, row)})
 
 
 def _written(text: str, path: str | os.PathLike | None) -> str:

@@ -94,8 +94,8 @@ def test_masks_mark_padding():
     [
         (None, "no calibration data: pass dataset="),
         ([words(10)], r"has 10 tokens, but num_samples=4 x sequence_length=16 asks for 64; .*num_samples=0 would fit"),
-        (["  "], "the calibration text is empty"),
-        ([], "the calibration text is empty"),
+        (["  "], "the text is empty"),
+        ([], "the text is empty"),
         ("nothing.txt", "the calibration file nothing.txt does not exist"),
         ("imagenet", "dataset='imagenet' is not known; pass 'c4', 'wikitext2', 'ptb'"),
         ([{"body": "x"}], r"has columns \['body'\]"),

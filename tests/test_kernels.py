@@ -237,6 +237,7 @@ class TestShortcut:
         assert torch.equal(layer(x.T[::2]), layer(x.T.contiguous()[::2]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, as it first compiles
 class TestOperator:
     def arguments(self, weight: BinaryWeight) -> tuple:
         tensors = pack(weight)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from arb_hf import kernels
 from arb_hf.binarize import BinarizeOptions, binarize_weight
+
 from arb_hf.kernels import OPTIONAL, REQUIRED
 from arb_hf.nn import BinaryLinear
 
@@ -16,6 +18,16 @@ FORMS = [
         ("arb-rc", "arb-x"), ((True, True), (True, False), (False, False)), ("float16", "int8")
     )
 ]
+
+
+@pytest.fixture(autouse=True)
+def reference_kernel(monkeypatch):
+    """What the module promises, over the reference; tests/test_kernels.py holds the other kernels to it."""
+    monkeypatch.setenv("ARB_HF_KERNEL", "reference")
+    kernels.kernel_for.cache_clear()
+    yield
+    monkeypatch.undo()
+    kernels.kernel_for.cache_clear()
 
 
 def layer_and_weight(options: BinarizeOptions, n: int = 37, m: int = 200, bias: bool = False):

@@ -141,7 +141,9 @@ def test_errors_are_those_of_double_precision(rows, columns, seed, kind):
     scale = plain.square_sum(exact)
     for order in (1, 2):
         expected = plain.split_errors(exact, thresholds.double(), order)
-        torch.testing.assert_close(search.split_errors(metric, thresholds, order), expected, rtol=1e-9, atol=1e-12 * scale)
+        torch.testing.assert_close(
+            search.split_errors(metric, thresholds, order), expected, rtol=1e-9, atol=1e-12 * scale
+        )
     expected = plain.salient_errors(ranked(exact), candidates)
     found = search.salient_errors(ranked(metric), candidates)
     tolerance = 1e-12 if HAS_LIBRARY else 1e-6  # torch keeps residuals in float32

@@ -17,7 +17,7 @@ INTERPRET = """
 import torch
 from arb_hf.kernels import reference, triton
 from arb_hf.packing import pack
-from tests.test_kernels import FORMS, activations, random_weight
+from test_kernels import FORMS, activations, random_weight
 torch.set_num_threads(1)
 SCALES = {(33, 131, 64): "int8", (5, 33, 32): "bfloat16", (20, 300, 128): "float32", (40, 280, 256): "float16"}
 for number, form in enumerate(FORMS):

@@ -32,9 +32,7 @@ def split_errors(metric: Tensor, thresholds: Tensor, order: int) -> Tensor:
     return errors
 
 
-def output_errors(
-    metric: Tensor, thresholds: Tensor, ordinary: Tensor, rest: Tensor, second_moment: Tensor
-) -> Tensor:
+def output_errors(metric: Tensor, thresholds: Tensor, ordinary: Tensor, rest: Tensor, second_moment: Tensor) -> Tensor:
     """See :func:`arb_hf.binarize.search.output_errors`."""
     block = metric.new_empty(len(metric), ordinary.numel())
     block[:, ordinary], block[:, ~ordinary] = metric, rest

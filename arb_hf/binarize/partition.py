@@ -1,8 +1,8 @@
 """Which columns of a block are salient, and which weights fall in which group (ALGORITHM 3).
 
 Everything here looks only at the metric ``T [n, k]`` of a block: signed weights (magnitude metric) or OBS saliencies
-(hessian metric). Candidates are judged by plain residual binarization of T, as the published search does: of the float32
-means of their errors over the block the first smallest wins.
+(hessian metric). Candidates are judged by plain residual binarization of T, as the published search does: of the
+float32 means of their errors over the block the first smallest wins.
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def _second_order(values: Tensor, member: Tensor, iterations: int) -> Fit:
     for _ in range(2):
         row, column, sign = _start(residual, member)
         residual = residual - torch.outer(row, column) * sign
-        rows.append(row), columns.append(column), signs.append(sign)
+        rows.append(row)
+        columns.append(column)
+        signs.append(sign)
     for _ in range(iterations):
         for i in range(2):
             other = torch.outer(rows[1 - i], columns[1 - i]) * signs[1 - i]

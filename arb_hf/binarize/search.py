@@ -1,9 +1,9 @@
 """Errors of all candidate partitions of a block: how many columns are salient, which threshold splits the groups.
 
-A candidate is judged by plain residual binarization (ALGORITHM 3.2) of the metric ``T [n, c]``: values of a group become
-``mean +- mean deviation``, in one or two rounds. With the mean ``mu`` and the deviation ``D = sum |w - mu|`` of n values
-the error of a round is ``sum w^2 - n mu^2 - D^2 / n``, less ``(D / n)^2`` for each value equal to its mean, whose sign
-is 0. In sorted rows D follows from prefix sums. All functions return float64 errors, one a candidate.
+A candidate is judged by plain residual binarization (ALGORITHM 3.2) of the metric ``T [n, c]``: values of a group
+become ``mean +- mean deviation``, in one or two rounds. With the mean ``mu`` and the deviation ``D = sum |w - mu|`` of
+n values the error of a round is ``sum w^2 - n mu^2 - D^2 / n``, less ``(D / n)^2`` for each value equal to its mean,
+whose sign is 0. In sorted rows D follows from prefix sums. All functions return float64 errors, one a candidate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import native
 
-CPU_ELEMENTS, GPU_ELEMENTS = 1 << 17, 1 << 24  # of one intermediate tensor: what a core's cache, or a GPU, likes
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 18, 1 << 24  # of one intermediate tensor: what a core's cache, or a GPU, likes
 
 
 def salient_errors(ranked: Tensor, candidates: int) -> Tensor:
@@ -28,31 +28,38 @@ def salient_errors(ranked: Tensor, candidates: int) -> Tensor:
     """
     if native.usable(ranked):
         return native.salient_errors(ranked, candidates)
-    n, c = ranked.shape
+    c = ranked.shape[1]
     first = torch.arange(c, device=ranked.device) < torch.arange(1, candidates + 1, device=ranked.device)[:, None]
     parts = torch.stack([first, ~first], 1).to(ranked.dtype)  # [candidates, 2, c]: the columns of both parts
     total = ranked.new_zeros(candidates, dtype=torch.float64)
+    room = [ranked.new_empty(0) for _ in range(3)]
     for rows in _row_chunks(ranked, candidates * c):
-        total += _part_errors(rows, parts)
+        if room[0].shape[1:2] != rows.shape[:1]:
+            room = [ranked.new_empty(candidates, *rows.shape) for _ in range(3)]
+        total += _part_errors(rows, parts, *room)
     return total
 
 
-def _part_errors(rows: Tensor, parts: Tensor) -> Tensor:
-    """Both rounds for the two parts of every candidate: residuals in float32 ``[candidates, r, c]``, sums in float64."""
+def _part_errors(rows: Tensor, parts: Tensor, residual: Tensor, work: Tensor, level: Tensor) -> Tensor:
+    """Both rounds for the two parts of every candidate: residuals in float32, sums in float64.
+
+    ``residual``, ``work`` and ``level`` are room for ``[candidates, r, c]``.
+    """
     members, count = parts.transpose(1, 2).contiguous(), parts.double().sum(2)[:, None]
     prefix = rows.double().cumsum(1)
     inside = prefix[:, : len(parts)].t()
     mean = torch.stack([inside, prefix[:, -1] - inside], 2) / count
-    residual = torch.baddbmm(rows.expand(len(parts), *rows.shape), mean.to(rows.dtype), parts, alpha=-1)
-    work = residual.abs()
-    scale = work.bmm(members).double() / count
+    torch.baddbmm(rows.expand_as(residual), mean.to(rows.dtype), parts, alpha=-1, out=residual)
+    scale = torch.abs(residual, out=work).bmm(members).double() / count
     signs = torch.sign(residual, out=work)
     second_mean = -scale * signs.bmm(members) / count
-    residual.addcmul_(signs, scale.to(rows.dtype).bmm(parts), value=-1)
+    residual.addcmul_(signs, torch.bmm(scale.to(rows.dtype), parts, out=level), value=-1)
     residual.baddbmm_(second_mean.to(rows.dtype), parts, alpha=-1)
     energy = torch.mul(residual, residual, out=work).sum(2)
     deviation = torch.abs(residual, out=work).bmm(members).double()
-    nonzero = residual.sign_().abs_().bmm(members)
+    # The sign of 0 is 0. In a part of one or two columns every residual is 0, but there the scale is 0 too.
+    has_zeros = len(parts) > 2 and work[2:].amin() == 0
+    nonzero = residual.sign_().abs_().bmm(members) if has_zeros else count
     scale = deviation / count
     return (energy.double() + (scale * (scale * nonzero - 2 * deviation)).sum(2)).sum(1)
 
@@ -119,7 +126,7 @@ def _row_chunks(values: Tensor, elements_per_row: int) -> tuple[Tensor, ...]:
 class _Group:
     """One group under every threshold: the positions [low, high) of the sorted rows, or for ``large`` all others.
 
-    ``ordered``: float64 ``[r, k]``, ascending. ``sums``: prefix sums of it, ``[r, k + 1]``. ``low``, ``high``: ``[r, t]``.
+    ``ordered``: float64 ``[r, k]``, ascending; ``sums``: its prefix sums; ``low``, ``high``: ``[r, t]``.
     """
 
     ordered: Tensor

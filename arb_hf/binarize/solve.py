@@ -83,7 +83,9 @@ def binarize_and_record(
 
 def _checked(weight: Tensor) -> Tensor:
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ArbCalibrationError(f"a weight matrix has two dimensions, none empty; this one has shape {list(weight.shape)}")
+        raise ArbCalibrationError(
+            f"a weight matrix has two dimensions, none empty; this one has shape {list(weight.shape)}"
+        )
     if not torch.isfinite(weight).all():
         bad = int((~torch.isfinite(weight)).sum())
         raise ArbCalibrationError(f"the weight is not finite: {bad} of {weight.numel()} entries are NaN or infinite")
@@ -215,7 +217,9 @@ def _assemble(blocks: list[_Block], n: int, m: int, options: BinarizeOptions) ->
         form=form,
         signs=torch.cat([block.signs for block in blocks], 1),
         second_signs=torch.cat([block.second_signs for block in blocks], 1),
-        groups=torch.cat([large for block in blocks if (large := block.parts.large) is not None], 1) if form.groups == 2 else None,
+        groups=torch.cat([large for block in blocks if (large := block.parts.large) is not None], 1)
+        if form.groups == 2
+        else None,
         salient=salient,
         row_parameters=torch.stack([torch.stack(block) for block in rows]),
         column_scales=columns,

@@ -81,7 +81,9 @@ class BinaryWeight:
             self._level(block, signs, group, self._column_scale(group, columns, ordinary), self.form.mean_slot(group))
             for group in range(self.form.groups)
         ]
-        return values[0] if self.groups is None else torch.where(self.groups[:, columns][:, ordinary], *values[::-1])
+        if self.groups is None:
+            return values[0]
+        return torch.where(self.groups[:, columns][:, ordinary], values[1], values[0])
 
     def _salient_values(self, block: int, columns: slice, salient_columns: slice) -> Tensor:
         salient = self.salient[columns]

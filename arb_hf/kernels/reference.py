@@ -12,6 +12,7 @@ from ..form import BinaryForm
 from ..packing import stored_order, unpack_bits, unpack_mask
 
 TILE_ROWS = 512
+PLANES: tuple[str, ...] = ("weight", "second_plane", "salient_groups")
 
 
 def tiles(tensors: dict[str, Tensor], form: BinaryForm, rows: int = TILE_ROWS) -> Iterator[tuple[slice, Tensor]]:
@@ -23,9 +24,7 @@ def tiles(tensors: dict[str, Tensor], form: BinaryForm, rows: int = TILE_ROWS) -
     parameters = decode_rows(tensors["row_parameters"], tensors.get("row_absmax"))
     for start in range(0, form.out_features, rows):
         tile = slice(start, min(start + rows, form.out_features))
-        part = {
-            name: tensors[name][:, tile] for name in ("weight", "second_plane", "salient_groups") if name in tensors
-        }
+        part = {name: tensors[name][:, tile] for name in PLANES if name in tensors}
         yield tile, _decode(part, parameters[:, :, tile], columns, extra, stored_salient, form)
 
 

@@ -28,6 +28,8 @@ class BinaryLinear(nn.Module):
         in_features, out_features: as those of ``nn.Linear``.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         form: BinaryForm,
@@ -75,7 +77,7 @@ class BinaryLinear(nn.Module):
             self._parameters[name] = _frozen(scale.data.view(_SAME_SIZE[scale.dtype]))
         super()._apply(fn, recurse)
         for name, scale in scales.items():
-            moved = self._parameters[name].data.view(scale.dtype)
+            moved = getattr(self, name).data.view(scale.dtype)
             self._parameters[name] = nn.Parameter(moved, requires_grad=scale.requires_grad)
         return self
 

@@ -34,7 +34,7 @@ PEER = "published"
 
 def without_library(work: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
-        with mock.patch.object(native, "usable", lambda values: False):
+        with mock.patch.object(native, "usable", return_value=False):
             return work()
 
     return run

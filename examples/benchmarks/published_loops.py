@@ -174,7 +174,9 @@ def binarize_group(values: Tensor, mask: Tensor, order: int, method: str, second
     return level_of(*fitted, mask)
 
 
-def binarize(weight: Tensor, hessian: Tensor, upper: Tensor, method: str, column_groups: bool, width: int = 128) -> Tensor:
+def binarize(
+    weight: Tensor, hessian: Tensor, upper: Tensor, method: str, column_groups: bool, width: int = 128
+) -> Tensor:
     """The dense binarized matrix under the hessian metric; ``upper``: factor of the damped inverse Hessian."""
     weight, done = weight.clone(), torch.zeros_like(weight)
     for first in range(0, weight.shape[1], width):

@@ -1,0 +1,8 @@
+"""``python -m arb_hf``: the same as ``arb-hf``."""
+
+import sys
+
+from .light.parser import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The model card: written from what a packed folder holds, so that it says nothing that is not so."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .calibrate.data import NAMED
+from .light.headers import inspect_folder
+from .report import REPORT_FILE, ArbReport, Measurement
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+PLOT_FILE = "arb_report.png"
+MARKER = "Written by arb_hf, and again at every push. Delete this line to keep your own edits."
+METHOD_NAMES = {
+    "arb-rc": "ARB-RC: alternating row and column scales",
+    "arb-x": "ARB-X: row scales and means refined on calibration inputs",
+    "arb": "ARB: alternating row scales and means",
+    "billm": "BiLLM: row scales and means, not refined",
+}
+# Said elsewhere in the card, or of no use to its reader.
+HIDDEN_OPTIONS = (
+    "quant_method dataset num_samples sequence_length batch_size tokenizer checkpoint_dir modules_to_not_convert"
+).split()
+LICENSE_KEYS = ("license", "license_name", "license_link")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Does ``name`` read as ``owner/name`` on the Hub, and is it not a folder here?"""
+    return HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)
+
+
+def model_card(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> ModelCard:
+    """The card of a packed model's folder.
+
+    Args:
+        folder: with ``config.json``, safetensors and, where the run was recorded, ``arb_report.json``.
+        repo_id: where the model will be found; by default the folder's name.
+        base_model: the original's name on the Hub; by default the report's, if that is one.
+        metadata: of the original's card; its licence and languages are inherited.
+
+    Raises:
+        ValueError: the folder holds no packed model.
+    """
+    folder = Path(folder)
+    summary = inspect_folder(folder)
+    if not summary["options"] or summary["bits_per_weight"] is None:
+        raise ValueError(f"{folder} holds no model packed by arb_hf")
+    report = ArbReport.from_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
+    original = base_model or (report.model if report else None) or "The original model"
+    base_model = original if is_hub_id(original) else None
+    metadata = metadata or {}
+    repo_id = repo_id or folder.resolve().name
+    title = repo_id.rpartition("/")[2]
+    data = _card_data(title, base_model, report, metadata)
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        marker=MARKER,
+        title=title,
+        repo_id=repo_id,
+        base_model=base_model,
+        original=original,
+        license=metadata.get("license_name") or metadata.get("license"),
+        plot=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
+        **_sizes(summary),
+        **_run(report),
+    )
+
+
+def _card_data(title: str, base_model: str | None, report: ArbReport | None, metadata: dict[str, Any]) -> ModelCardData:
+    dataset = report.config.get("dataset") if report else None
+    inherited = {key: metadata[key] for key in (*LICENSE_KEYS, "language") if metadata.get(key)}
+    measured = [each for each in report.measurements if math.isfinite(each.value)] if report else []
+    return ModelCardData(
+        **inherited,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["arb_hf", "arb-llm", "binary", "quantized"],
+        base_model=base_model,
+        base_model_relation="quantized" if base_model else None,
+        datasets=[NAMED[dataset][0]] if dataset in NAMED else None,
+        model_name=title if measured else None,
+        eval_results=[_eval_result(each) for each in measured] or None,
+        ignore_metadata_errors=False,
+    )
+
+
+def _eval_result(measurement: Measurement) -> EvalResult:
+    known = NAMED.get(measurement.data)
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=known[0] if known else measurement.data,
+        dataset_name=measurement.data,
+        metric_type=measurement.metric,
+        metric_name=f"{measurement.metric} ({measurement.protocol})",
+        metric_value=round(measurement.value, 4),
+    )
+
+
+def _sizes(summary: dict[str, Any]) -> dict[str, Any]:
+    binary, kept = summary["binary"], summary["kept"]
+    options = summary["options"]
+    return {
+        "method_name": METHOD_NAMES.get(options.get("method"), options.get("method")),
+        "options": [
+            (name, value) for name, value in options.items() if value is not None and name not in HIDDEN_OPTIONS
+        ],
+        "bits_per_weight": f"{summary['bits_per_weight']:.3f}",
+        "binary_weights": f"{binary['weights']:,}",
+        "binary_layers": sum(kind["layers"] for kind in summary["kinds"].values()),
+        "kept_weights": f"{kept['weights']:,}",
+        "kept_megabytes": f"{kept['bits'] / 8e6:,.1f}",
+        "megabytes": f"{summary['bytes'] / 1e6:,.1f}",
+        "dense_megabytes": f"{(binary['weights'] + kept['weights']) * 2 / 1e6:,.1f}",
+    }
+
+
+def _run(report: ArbReport | None) -> dict[str, Any]:
+    if report is None:
+        return {"report": None, "measurements": []}
+    return {
+        "report": report,
+        "measurements": [
+            {
+                "metric": each.metric,
+                "data": each.data,
+                "protocol": each.protocol,
+                "value": _figure(each.value),
+                "baseline": _figure(each.baseline),
+            }
+            for each in report.measurements
+        ],
+        "output_error": f"{report.output_error:.4f}",
+        "samples": f"{report.samples:,}",
+        "tokens": f"{report.tokens:,}",
+        "dataset": report.config.get("dataset"),
+        "seconds": f"{report.seconds:,.0f}",
+        "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "data_free": sum(each.solve.data_free for each in report.matrices),
+    }
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:,.2f}"
+
+
+def written_by_us(card: str | os.PathLike) -> bool:
+    """Is this README absent, or a card that nobody edited by hand?"""
+    path = Path(card)
+    return not path.exists() or MARKER in path.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,263 @@
+"""The work of ``arb-hf``'s commands; their arguments are in :mod:`arb_hf.light.parser`.
+
+A command takes the parsed arguments and returns what it has to say, as data for ``--json`` and as text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from . import evaluate as evaluation
+from .config import ArbConfig
+from .export import export_dense, export_gguf
+from .hub import from_pretrained, load_report, push_folder, save_pretrained, write_card
+from .inspection import bits_per_weight, summary
+from .light.headers import inspect_folder
+from .report import REPORT_FILE, ArbReport, Measurement, plot_comparison
+
+logger = logging.getLogger(__name__)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Said = tuple[dict[str, Any], str]
+
+
+def run(args: argparse.Namespace) -> Said:
+    """The command that was asked for."""
+    commands = {each.__name__: each for each in (quantize, evaluate, compare, push, export)}
+    with _progress():
+        return commands[args.command](args)
+
+
+def quantize(args: argparse.Namespace) -> Said:
+    """``arb-hf quantize``: everything that can be refused is refused before the model is loaded."""
+    options = {name.removeprefix("config."): value for name, value in vars(args).items() if name.startswith("config.")}
+    dtype, out = _dtype(args), Path(args.out)
+    try:
+        config = ArbConfig(**options)
+    except ValueError as error:
+        args.usage_error(str(error))
+    if (out / "config.json").exists():
+        args.usage_error(f"{out} holds a model already; name another folder, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(args.model)
+    windows = None
+    if args.evaluate:
+        windows = _windows(_need(tokenizer, args.model), args.evaluate, args)
+        before = evaluation.perplexity(_load(args.model, dtype, args.device_map), windows)
+    model = _load(args.model, dtype, args.device_map, quantization_config=config)
+    report: ArbReport = model.arb_report  # type: ignore[assignment]
+    if windows is not None:
+        report.add(_perplexity(model, windows, args.evaluate, before))
+    if _first_process():
+        save_pretrained(model, tokenizer, out, base_model=args.base_model, max_shard_size=args.max_shard_size)
+    result = {
+        "folder": str(out),
+        "bits_per_weight": bits_per_weight(model),
+        "output_error": report.output_error,
+        "seconds": report.seconds,
+        "measurements": [vars(each) for each in report.measurements],
+    }
+    lines = [report.table(), "", summary(model), *_lines(report.measurements), f"written to {out}"]
+    return result, "\n".join(lines)
+
+
+def evaluate(args: argparse.Namespace) -> Said:
+    """``arb-hf evaluate``: the same items and windows for the model and its baseline."""
+    dtype = _dtype(args)
+    if not args.text and not args.items:
+        args.usage_error("nothing to measure: pass --text or --items")
+    if args.save and not os.path.isfile(os.path.join(args.model, REPORT_FILE)):
+        args.usage_error(f"--save keeps figures in {REPORT_FILE} of a folder written by arb_hf; {args.model} has none")
+    measured = _measure(args.model, dtype, args)
+    if args.baseline:
+        originals = _measure(args.baseline, dtype, args)
+        measured = [
+            Measurement(each.metric, each.data, each.protocol, each.value, original.value)
+            for each, original in zip(measured, originals, strict=True)
+        ]
+    if args.save:
+        report = ArbReport.from_json(os.path.join(args.model, REPORT_FILE))
+        for each in measured:
+            report.add(each)
+        report.to_json(os.path.join(args.model, REPORT_FILE))
+        write_card(args.model)
+    return {"model": args.model, "measurements": [vars(each) for each in measured]}, "\n".join(_lines(measured))
+
+
+def compare(args: argparse.Namespace) -> Said:
+    """``arb-hf compare``: bits, sizes, output errors by kind of layer, and what was measured of both."""
+    names = (args.a, args.b)
+    summaries = [inspect_folder(name) for name in names]
+    for name, each in zip(names, summaries, strict=True):
+        if each["bits_per_weight"] is None:
+            raise ValueError(f"{name} holds no model packed by arb_hf")
+    reports = [load_report(name) for name in names]
+    rows: list[tuple[str, Any, Any]] = []
+    for key in ("method", "refinement", "scale_dtype"):
+        rows.append((key, *(each["options"].get(key) for each in summaries)))
+    rows.append(("bits per weight", *(each["bits_per_weight"] for each in summaries)))
+    rows.append(("MB", *(each["bytes"] / 1e6 for each in summaries)))
+    first, second = reports
+    if first is not None and second is not None:
+        rows.append(("output error", first.output_error, second.output_error))
+        errors = [each.errors_by_kind() for each in (first, second)]
+        rows += [(f"  {kind}", errors[0][kind], errors[1][kind]) for kind in errors[0] if kind in errors[1]]
+        found = [{(m.metric, m.data, m.protocol): m.value for m in each.measurements} for each in (first, second)]
+        rows += [(", ".join(key), value, found[1][key]) for key, value in found[0].items() if key in found[1]]
+        if args.plot:
+            plot_comparison(dict(zip(names, (first, second), strict=True)), args.plot)
+    elif args.plot:
+        raise ValueError(f"{names[0 if first is None else 1]} has no {REPORT_FILE} to draw")
+    width = max(len(label) for label, _, _ in rows) + 2
+    cells = [f"{'':<{width}}{Path(args.a).name:>18}{Path(args.b).name:>18}"]
+    cells += [f"{label:<{width}}{_cell(a):>18}{_cell(b):>18}" for label, a, b in rows]
+    return {"models": list(names), "rows": [list(row) for row in rows]}, "\n".join(cells)
+
+
+def push(args: argparse.Namespace) -> Said:
+    """``arb-hf push``."""
+    commit = push_folder(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        commit_message=args.commit_message,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        base_model=args.base_model,
+    )
+    url = commit.pr_url or commit.commit_url
+    return {"url": url, "commit": commit.oid}, f"pushed: {url}"
+
+
+def export(args: argparse.Namespace) -> Said:
+    """``arb-hf export``: says what is lost."""
+    with _naming(args.model):
+        model = from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = _tokenizer(args.model)
+    if args.to == "dense":
+        result = export_dense(model, tokenizer, args.out, _dtype(args))
+    else:
+        result = export_gguf(model, _need(tokenizer, args.model), args.out, args.type, args.pre_tokenizer)
+    return vars(result), str(result)
+
+
+def lm_eval(argv: Sequence[str]) -> int:
+    """``arb-hf lm-eval``: lm-evaluation-harness's own command line, in a process that can load packed models."""
+    if importlib.util.find_spec("lm_eval") is None:
+        print("arb-hf: error: lm-evaluation-harness is not installed: pip install 'arb_hf[eval]'", file=sys.stderr)
+        return 1
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *argv]
+    cli_evaluate()
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Bars on a terminal; elsewhere (a log file) dated lines, since a bar would be one endless line there."""
+    if sys.stderr.isatty():
+        yield
+        return
+    ours, handler = logging.getLogger("arb_hf"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level, bars, hub_bars = ours.level, transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+
+
+def _dtype(args: argparse.Namespace) -> Any:
+    if args.dtype not in DTYPES:
+        args.usage_error(f"--dtype {args.dtype} is not one of {', '.join(DTYPES)}")
+    return args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def _load(model: str, dtype: Any, device_map: str | None, **kwargs: Any) -> PreTrainedModel:
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    with _naming(model):
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **kwargs)
+
+
+@contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Errors of loading that name what was asked for: transformers' own do not always."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{model} does not load: {error}") from error
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # a model may come without one
+        logger.warning("%s has no tokenizer that loads (%s)", model, type(error).__name__)
+        return None
+
+
+def _need(tokenizer: Any, model: str) -> Any:
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer, and this needs one")
+    return tokenizer
+
+
+def _windows(tokenizer: Any, text: str, args: argparse.Namespace) -> torch.Tensor:
+    return evaluation.evaluation_windows(tokenizer, text, args.eval_length, args.eval_windows)
+
+
+def _measure(name: str, dtype: Any, args: argparse.Namespace) -> list[Measurement]:
+    tokenizer = _need(_tokenizer(name), name)
+    windows = _windows(tokenizer, args.text, args) if args.text else None
+    model = _load(name, dtype, args.device_map)
+    found = [] if windows is None else [_perplexity(model, windows, args.text)]
+    for path in args.items:
+        accuracy = evaluation.multiple_choice(model, tokenizer, path, args.max_items)
+        protocol = f"zero-shot, {accuracy.items} items"
+        found.append(Measurement("acc", Path(path).name, protocol, accuracy.acc))
+        found.append(Measurement("acc_norm", Path(path).name, protocol, accuracy.acc_norm))
+    return found
+
+
+def _perplexity(model: PreTrainedModel, windows: torch.Tensor, text: str, baseline: float | None = None) -> Measurement:
+    protocol = f"{len(windows)} windows of {windows.shape[1]} tokens"
+    return Measurement("perplexity", os.path.basename(text), protocol, evaluation.perplexity(model, windows), baseline)
+
+
+def _lines(measurements: Sequence[Measurement]) -> list[str]:
+    return [
+        f"{each.metric} on {each.data} ({each.protocol}): {each.value:.4f}"
+        + ("" if each.baseline is None else f"; original {each.baseline:.4f}")
+        for each in measurements
+    ]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

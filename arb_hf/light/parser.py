@@ -1,0 +1,252 @@
+"""``arb-hf``: the arguments of every command. The work is in :mod:`arb_hf.cli`, imported when a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .headers import inspect_folder, table
+
+EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted"
+# Arguments of ArbConfig that a run fills in.
+NOT_OPTIONS = ("format_version", "modules", "kwargs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["lm-eval"]:
+        return importlib.import_module("arb_hf.cli").lm_eval(argv[1:])
+    return execute(build_parser(argv).parse_args(argv))
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Do what parsed arguments ask for. What is asked for goes to stdout, everything else to stderr."""
+    try:
+        if args.command == "inspect":
+            result, text = _inspect(args)
+        else:
+            result, text = importlib.import_module("arb_hf.cli").run(args)
+    except KeyboardInterrupt:
+        print("arb-hf: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"arb-hf: error: {error}", file=sys.stderr)
+        return 1
+    if int(os.environ.get("RANK", "0")) == 0:  # one process of several speaks
+        try:
+            print(json.dumps(result, indent=2) if args.json else text, flush=True)
+        except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    summary = inspect_folder(args.path)
+    tensors = summary.pop("tensors")
+    text = table(summary)
+    if args.tensors:
+        summary["tensors"] = tensors
+        lines = [f"{name:<60} {entry['dtype']:<5} {entry['shape']}" for name, entry in sorted(tensors.items())]
+        text = "\n".join([text, "", *lines])
+    return summary, text
+
+
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of ``arb-hf``."""
+    parser = argparse.ArgumentParser(
+        prog="arb-hf",
+        description="Binary language models: make them, measure them, publish them.",
+        epilog=f"arb-hf COMMAND --help tells more, with examples.\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"arb-hf {_version()}")
+    commands = add_commands(parser, argv)
+    commands.add_parser("lm-eval", help="run lm-evaluation-harness with packed models; takes lm_eval's arguments")
+    return parser
+
+
+def add_commands(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> Any:
+    """Give ``parser`` the commands; returns argparse's object that holds them.
+
+    Options of ``quantize`` are ArbConfig's, read from it (which imports torch) only if ``argv`` is that command.
+    """
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (help_text, examples, add_arguments) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(usage_error=command.error)
+        add_arguments(command)
+        if name == "quantize" and list(argv[:1]) == ["quantize"]:
+            add_config_options(command)
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        command.add_argument("--debug", action="store_true", help="show where an error came from")
+    return commands
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("arb_hf")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="name on the Hub or folder of the original")
+    parser.add_argument("out", help="folder to write; must not hold a model yet")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--device-map", help="as for from_pretrained: auto, cpu, cuda:0 ...")
+    parser.add_argument("--base-model", help="name of the original on the Hub, for the model card (default: MODEL)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
+    parser.add_argument("--evaluate", metavar="TEXT", help="measure perplexity on TEXT before and after, for the card")
+    _windows(parser)
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="packed or dense model: folder or name on the Hub")
+    parser.add_argument("--text", help="perplexity on this text: a name (wikitext2, c4, ptb: test split) or a file")
+    parser.add_argument("--items", nargs="+", default=[], metavar="FILE", help="zero-shot accuracy on .jsonl files")
+    parser.add_argument("--max-items", type=int, help="only the first so many of each file")
+    parser.add_argument("--baseline", metavar="MODEL", help="measure this model too, to compare with")
+    parser.add_argument("--dtype", default="float32", help="auto, float32, bfloat16 or float16 (default: float32)")
+    parser.add_argument("--device-map", help="as for from_pretrained")
+    parser.add_argument("--save", action="store_true", help="keep the figures in MODEL's report and model card")
+    _windows(parser)
+
+
+def _windows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eval-length", type=int, default=2048, help="tokens per window of text (default: 2048)")
+    parser.add_argument("--eval-windows", type=int, help="only the first so many windows (default: all)")
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="folder of a model")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", help="folder of a packed model")
+    parser.add_argument("b", help="folder of another")
+    parser.add_argument("--plot", metavar="FILE", help="draw both runs' output errors to an image")
+
+
+def _push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of a packed model")
+    parser.add_argument("repo_id", help="owner/name, or name")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--commit-message", help="of the one commit")
+    parser.add_argument("--revision", help="branch (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--base-model", help="name of the original on the Hub, for the model card")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="packed model: folder or name on the Hub")
+    parser.add_argument("out", help="folder (dense) or file (gguf) to write")
+    parser.add_argument("--to", choices=("dense", "gguf"), required=True, help="format")
+    parser.add_argument("--dtype", default="bfloat16", help="dense: of the weights (default: bfloat16)")
+    parser.add_argument(
+        "--type", choices=("auto", "q1_0", "f16", "f32"), default="auto", help="gguf: of the matrices (default: auto)"
+    )
+    parser.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name for the tokenizer's splitting")
+
+
+Add = Callable[[argparse.ArgumentParser], None]
+COMMANDS: dict[str, tuple[str, str, Add]] = {
+    "quantize": (
+        "make a model binary, and write it with its record and model card",
+        "  arb-hf quantize HuggingFaceTB/SmolLM2-135M-Instruct ./smol-arb\n"
+        "  arb-hf quantize ./model ./model-arb --dataset my_text.jsonl --num-samples 64 --evaluate wikitext2\n"
+        "  accelerate launch -m arb_hf quantize ./model ./model-arb --checkpoint-dir ./work",
+        _quantize,
+    ),
+    "evaluate": (
+        "measure perplexity and zero-shot accuracy",
+        "  arb-hf evaluate ./smol-arb --text wikitext2\n"
+        "  arb-hf evaluate ./smol-arb --text my.txt --eval-length 512 --baseline ./smol --save\n"
+        "  arb-hf evaluate ./smol-arb --items arc_easy.jsonl piqa.jsonl --max-items 200 --json",
+        _evaluate,
+    ),
+    "inspect": (
+        "tell what a model's files hold: layers, true bits, options; reads headers only",
+        "  arb-hf inspect ./smol-arb\n  arb-hf inspect ./smol-arb --tensors --json",
+        _inspect_arguments,
+    ),
+    "compare": (
+        "lay two packed models side by side",
+        "  arb-hf compare ./smol-arb-rc ./smol-billm --plot errors.png",
+        _compare,
+    ),
+    "push": (
+        "publish a packed model's folder on the Hub",
+        "  arb-hf push ./smol-arb me/SmolLM2-135M-arb-rc\n  arb-hf push ./smol-arb me/smol --private --create-pr",
+        _push,
+    ),
+    "export": (
+        "write a packed model in another format",
+        "  arb-hf export ./smol-arb ./smol-dense --to dense --dtype float16\n"
+        "  arb-hf export ./smol-arb ./smol.gguf --to gguf",
+        _export,
+    ),
+}
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """An option for every argument of ArbConfig, with its default and its words; given ones are in ``args.config``."""
+    config = importlib.import_module("arb_hf.config").ArbConfig
+    words = argument_docs(config.__doc__)
+    group = parser.add_argument_group("options of the binarization (ArbConfig's)")
+    for name, parameter in inspect.signature(config).parameters.items():
+        if name in NOT_OPTIONS:
+            continue
+        default = "" if parameter.default is None else f" (default: {parameter.default})"
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=f"config.{name}",
+            default=argparse.SUPPRESS,
+            help=(words.get(name, "") + default).replace("%", "%%"),
+            **_kind(str(parameter.annotation)),
+        )
+
+
+def argument_docs(docstring: str | None) -> dict[str, str]:
+    """The entries of a docstring's ``Args:``, by name; entries of several names stand under each."""
+    section = re.search(r"^Args:\n(.*?)(?:\n\s*\n|\Z)", inspect.cleandoc(docstring or ""), re.DOTALL | re.MULTILINE)
+    docs: dict[str, str] = {}
+    names: list[str] = []
+    for line in section[1].splitlines() if section else ():
+        entry = re.match(r" {4}([\w, ]+): (.*)", line)
+        if entry:
+            names = entry[1].split(", ")
+        for name in names:
+            text = entry[2] if entry else line.strip()
+            docs[name] = f"{docs[name]} {text}" if name in docs else text
+    return {name: re.sub(r"[`*]{2}", "", text) for name, text in docs.items()}
+
+
+def _kind(annotation: str) -> dict[str, Any]:
+    """How argparse is to read a value of this type."""
+    if annotation == "bool":
+        return {"action": argparse.BooleanOptionalAction}
+    if annotation in ("int", "float"):
+        return {"type": {"int": int, "float": float}[annotation], "metavar": annotation.upper()}
+    if annotation.startswith("list[str]"):
+        return {"nargs": "+", "metavar": "NAME"}
+    if annotation.startswith(("dict", "Mapping")):
+        return {"type": json.loads, "metavar": "JSON"}
+    return {"metavar": "VALUE"}

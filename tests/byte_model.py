@@ -1,0 +1,35 @@
+"""A tiny Llama with a byte-level BPE tokenizer, the kind that GGUF and real text need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from conftest import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY = 257
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and ``<s>``."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(["<s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
+def save_byte_model(folder: Path, **options) -> Path:
+    """Write a dense model and its tokenizer."""
+    defaults = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    llama(**(defaults | {"hidden_size": 64, "intermediate_size": 128} | options)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokens(count: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """Random token ids, int64 ``[count, length]``."""
+    return torch.randint(1, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,66 @@
+"""The examples run, in their quick mode, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from byte_model import save_byte_model
+from conftest import words
+
+import arb_hf
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, capsys, tmp_path):
+    """Run an example with arguments, in an empty folder; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    save_byte_model(folder / "dense")
+    (folder / "calibration.txt").write_text(words(200))
+    (folder / "held_out.txt").write_text(words(400)[600:])
+    return folder
+
+
+def test_quantize_then_load_then_recover(example, here):
+    texts = ("--calibration", here / "calibration.txt", "--text", here / "held_out.txt")
+    printed = example("quantize_and_push", here / "dense", "--out", here / "packed", "--length", 32, "--quick", *texts)
+    assert "bits per weight" in printed
+    assert "held_out.txt" in (here / "packed" / "README.md").read_text()
+
+    printed = example("load_and_generate", here / "packed", "--prompt", "w1 w2", "--tokens", 3)
+    assert "w1 w2" in printed
+
+    pytest.importorskip("peft")
+    options = ("--train", here / "calibration.txt", "--text", here / "held_out.txt", "--eval-length", 32)
+    options += ("--length", 32, "--rank", 2, "--eval-windows", 2, "--quick")
+    assert "perplexity after" in example("lora_recovery", here / "packed", *options, "--out", here / "adapter")
+    assert (here / "adapter" / "adapter_config.json").exists()
+    example("lora_recovery", here / "packed", *options, "--scales", "--out", here / "tuned")
+    tuned = arb_hf.from_pretrained(here / "tuned")
+    lora = importlib.import_module("arb_hf.lora")
+    assert lora.load_lora(tuned, here / "tuned" / "adapter").active_adapter == "default"
+
+
+def test_compare_methods(example, here):
+    texts = ("--calibration", here / "calibration.txt", "--text", here / "held_out.txt", "--length", 32, "--quick")
+    printed = example("compare_methods", here / "dense", *texts, "--forms", "billm", "arb-rc + CGB", "--plot", "m.png")
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["full", "billm", "arb-rc"]
+    assert Path("m.png").stat().st_size > 1000
