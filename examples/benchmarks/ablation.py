@@ -2,8 +2,8 @@
 
     python examples/benchmarks/ablation.py --model MODEL --data FOLDER --layers 2 12
 
-Inputs are those of the full-precision model on the calibration windows of ``protocol.py``. Every line adds its step to the ones
-before it.
+Inputs are those of the full-precision model on the calibration windows of ``protocol.py``. Every line adds its step to
+the ones before it.
 """
 
 from __future__ import annotations
