@@ -64,7 +64,7 @@ def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.d
 
 
 def damped(hessian: Tensor, dead: Tensor, relative: float) -> Tensor:
-    """H with ones on the diagonal of dead columns and ``relative`` times the diagonal's mean added (ALGORITHM 2.1, 2.2)."""
+    """H with ones on the diagonal of dead columns and ``relative`` times its mean added to all of it (ALGORITHM 2.1-2.2)."""
     matrix = hessian.clone()
     diagonal = matrix.diagonal()
     diagonal += dead.to(matrix.dtype)

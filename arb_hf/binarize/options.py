@@ -38,7 +38,9 @@ class BinarizeOptions:
         """Row and column scales without means (ARB-RC), or row scales and means (the other methods)."""
         return self.method == "arb-rc"
 
-    def form(self, out_features: int, in_features: int, salient_columns: int, scale_dtype: str | None = None) -> BinaryForm:
+    def form(
+        self, out_features: int, in_features: int, salient_columns: int, scale_dtype: str | None = None
+    ) -> BinaryForm:
         """The form of a matrix binarized with these options."""
         return BinaryForm(
             out_features=out_features,

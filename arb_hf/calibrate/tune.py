@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..binarize import BinaryWeight
-from .capture import LayerCalls, run_layer
+from .capture import LayerCalls
 
 LEARNING_RATE = 3e-3  # of Adam, relative to each parameter's size; falls to 0 along a cosine
 HELD_OUT = 8  # one sequence in so many is held out
