@@ -63,7 +63,7 @@ class CodedBlock:
         return scales if form.has_column_scales else scales + means
 
     def coefficients(self, salient: bool) -> tuple[Tensor, Tensor]:
-        """The codes of ordinary or salient columns, uint8 ``[levels]``, and the part each slot has ``[levels, slots]``."""
+        """Codes of ordinary or salient columns, uint8 ``[levels]``, and the slots' parts in them ``[levels, slots]``."""
         groups = self.form.salient_groups if salient else self.form.groups
         step = SECOND if salient else FIRST
         codes = torch.arange(0, groups * GROUP, step, dtype=torch.uint8, device=self.rows.device)
