@@ -1,4 +1,4 @@
-"""`refinement="full"`: every step lowers the objective it claims to lower, and the whole beats the published algorithm."""
+"""`refinement="full"`: every step lowers the objective it claims to lower, and the whole beats `"paper"`."""
 
 import itertools
 from dataclasses import replace

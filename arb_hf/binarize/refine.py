@@ -63,7 +63,7 @@ class CodedBlock:
         return scales if form.has_column_scales else scales + means
 
     def coefficients(self, salient: bool) -> tuple[Tensor, Tensor]:
-        """Codes of ordinary or salient columns, uint8 ``[levels]``, and the slots' parts in them ``[levels, slots]``."""
+        """Codes of ordinary or salient columns, uint8 ``[levels]``, and each slot's part: ``[levels, slots]``."""
         groups = self.form.salient_groups if salient else self.form.groups
         step = SECOND if salient else FIRST
         codes = torch.arange(0, groups * GROUP, step, dtype=torch.uint8, device=self.rows.device)
@@ -260,7 +260,9 @@ def round_scales(block: CodedBlock) -> CodedBlock:
                     largest = used.abs().max()
                     largest = torch.where(largest > 0, largest, 1.0)
                     used, rows[slot] = used / largest, rows[slot] * largest
-                columns[slot, where] = decode_columns(encode_columns(used, dtype))
+                stored = decode_columns(encode_columns(used, dtype))
+                assert stored is not None
+                columns[slot, where] = stored
     return replace(block, rows=decode_rows(*encode_rows(rows[None], dtype))[0], columns=columns)
 
 
