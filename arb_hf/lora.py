@@ -106,8 +106,9 @@ class LoraBinaryLinear(nn.Module, LoraLayer):
             return result
         for name in self.active_adapters:
             if name in self.lora_A:
-                inputs = self.lora_dropout[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
-                result = result + (self.lora_B[name](self.lora_A[name](inputs)) * self.scaling[name]).to(result.dtype)
+                first, second = self.lora_A[name], self.lora_B[name]
+                inputs = self.lora_dropout[name](x.to(next(first.parameters()).dtype))
+                result = result + (second(first(inputs)) * self.scaling[name]).to(result.dtype)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -136,7 +137,7 @@ class ScaledLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The first plane: where adapters look for the device."""
-        return self.binary.weight
+        return self.binary.packed["weight"]
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

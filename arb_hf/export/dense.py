@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import binary_modules
@@ -39,7 +40,7 @@ def export_dense(
         weight = model.get_submodule(name).weight
         assert isinstance(weight, torch.Tensor)
         rounding.add(weight, weight.to(wanted))
-    model.to(wanted)
+    nn.Module.to(model, wanted)
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
