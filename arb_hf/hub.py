@@ -213,7 +213,7 @@ def push_folder(
             logger.warning("%s has a README.md that arb_hf did not write: kept; the new card is not pushed", repo_id)
         return api.upload_folder(
             repo_id=repo_id,
-            folder_path=os.fspath(folder),
+            folder_path=str(folder),
             commit_message=commit_message or "Upload a model packed by arb_hf",
             revision=revision,
             create_pr=create_pr,

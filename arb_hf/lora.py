@@ -106,9 +106,8 @@ class LoraBinaryLinear(nn.Module, LoraLayer):
             return result
         for name in self.active_adapters:
             if name in self.lora_A:
-                first, second = self.lora_A[name], self.lora_B[name]
-                inputs = self.lora_dropout[name](x.to(next(first.parameters()).dtype))
-                result = result + (second(first(inputs)) * self.scaling[name]).to(result.dtype)
+                inputs = self.lora_dropout[name](self._cast_input_dtype(x, next(self.lora_A[name].parameters()).dtype))
+                result = result + (self.lora_B[name](self.lora_A[name](inputs)) * self.scaling[name]).to(result.dtype)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import VOCABULARY, fresh_process, llama, token_samples
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,6 @@ import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear, survey
 from arb_hf.nn import BinaryExperts, BinaryLinear
-from conftest import VOCABULARY, fresh_process, llama, token_samples
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "families.py"
 _spec = importlib.util.spec_from_file_location("families", SCRIPT)
@@ -62,7 +62,7 @@ print(json.dumps(verdicts))
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By family: the coverage of the run and what a fresh process makes of the saved model; an exception if it failed."""
+    """By family: coverage, matrices and logits of the run, or its exception; and what a fresh process made of it."""
     folder = tmp_path_factory.mktemp("families")
     found = {}
     for family in families.FAMILIES:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import VOCABULARY, token_samples
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
@@ -15,10 +16,10 @@ from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate import hessians
 from arb_hf.calibrate.capture import LayerCalls
 from arb_hf.calibrate.hessians import InputGroup, Moment, accumulate
+from arb_hf.checkpoint import binary_modules
 from arb_hf.nn import BinaryExperts, BinaryLinear
 from arb_hf.nn.experts import find_stacks
 from arb_hf.nn.linears import expose_linears
-from conftest import VOCABULARY, token_samples
 
 WIDTH, INNER, EXPERTS = 64, 40, 6
 SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_local_experts": EXPERTS}
@@ -326,13 +327,15 @@ def test_dequantized_models_are_their_own_class_again(family, tmp_path):
         sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
         dense = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=VOCABULARY, **sizes)).eval()
     model = binarize(dense, tmp_path / "dense", token_samples(2, 24))
-    x = torch.arange(9)[None]
-    expected = model(x).logits
+    weights = {name: module.binary_weight().dequantize() for name, module in binary_modules(model).items()}
     back = arb_hf.dequantize(model)
-    torch.testing.assert_close(back(x).logits, expected, rtol=1e-4, atol=1e-5)
     back.save_pretrained(tmp_path / "back")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
     assert {name: type(module) for name, module in again.named_modules()} == {
         name: type(module) for name, module in dense.named_modules()
     }
-    torch.testing.assert_close(again(x).logits, expected, rtol=1e-4, atol=1e-5)
+    x = torch.arange(9)[None]
+    assert torch.equal(again(x).logits, back(x).logits)
+    linears = expose_linears(again, weights)
+    assert linears.keys() == weights.keys()
+    assert all(torch.equal(linears[name].weight, weight) for name, weight in weights.items())

@@ -86,6 +86,12 @@ def binarize_model(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -
             bar.update()
             logger.info("decoder layer %d of %d: mean output error %.4f", index + 1, len(layers), mean)
         bar.close()
+    if report.starved:
+        logger.warning(
+            "%d matrices of experts saw fewer tokens than they have inputs and borrowed from the others' tokens; "
+            "more calibration text helps",
+            len(report.starved),
+        )
     unused = [name for name in linears if name not in modules]
     if unused:
         logger.warning("kept, because their models never called them: %s", ", ".join(unused))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import binary_modules
@@ -40,7 +39,7 @@ def export_dense(
         weight = model.get_submodule(name).weight
         assert isinstance(weight, torch.Tensor)
         rounding.add(weight, weight.to(wanted))
-    nn.Module.to(model, wanted)
+    model.to(wanted)  # type: ignore[arg-type]
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

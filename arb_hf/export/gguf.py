@@ -83,7 +83,7 @@ def export_gguf(
     counts: dict[str, int] = {}
     rounding = Rounding()
     try:
-        _add_config(writer, config, Path(model.name_or_path or type(model).__name__).name)
+        _add_config(writer, config, Path(model.name_or_path or "model").name)
         _add_vocabulary(writer, gguf, tokenizer, vocabulary, pre_tokenizer or architecture.pre_tokenizer)
         for name, tensor in _tensors(model):
             if architecture.interleaved:
@@ -219,8 +219,9 @@ def _add_config(writer: Any, config: Any, name: str) -> None:
 
 def _vocabulary(tokenizer: Any, size: int) -> list[tuple[str, bool, bool]]:
     """Every token: its text, is it a special one, is it an added one; places without a token are filled."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or "ByteLevel" not in repr(backend.pre_tokenizer) or type(backend.model).__name__ != "BPE":
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and "ByteLevel" in repr(backend.pre_tokenizer)
+    if not byte_level or type(backend.model).__name__ != "BPE":
         raise ValueError("GGUF export knows byte-level BPE tokenizers only (GPT-2's kind); this model has another")
     added = tokenizer.added_tokens_decoder
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
