@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..form import BinaryForm
-from .hessian import HessianFactor
 from .weight import decode_columns, decode_rows, encode_columns, encode_rows
 
 # Steps of least squares are drawn to the scales they start from by this fraction of the mean curvature: a scale that
