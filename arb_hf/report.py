@@ -199,7 +199,7 @@ class ArbReport:
             ylabel="relative output error",
             title=f"{self.model}: {self.config['method']}, {self.bits_per_weight:.2f} bits per weight",
         )
-        errors.legend(fontsize="small", ncols=2)
+        errors.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         bits.set(xlabel="decoder layer", ylabel="bits per weight")
         for axes in (errors, bits):
             axes.grid(alpha=0.3)

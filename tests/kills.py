@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import tiny
 import torch
+
+import tiny
 
 from arb_hf.calibrate import checkpoint  # isort: skip
 

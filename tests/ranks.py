@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import tiny
 import torch
-from kills import finish, forked
 from safetensors.torch import save_file
 
+import tiny
 from arb_hf import ArbCalibrationError
 from arb_hf.calibrate import matrices, run
+from kills import finish, forked
 
 FOLDER = Path(sys.argv[1])
 

@@ -62,7 +62,7 @@ print(json.dumps(verdicts))
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By family: the coverage of the run and what a fresh process makes of the saved model; an exception if it failed."""
+    """By family: coverage, matrices and logits of the run, or its exception; and what a fresh process made of it."""
     folder = tmp_path_factory.mktemp("families")
     found = {}
     for family in families.FAMILIES:

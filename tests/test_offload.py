@@ -5,15 +5,15 @@ import shutil
 
 import psutil
 import pytest
-import tiny
 import torch
-from conftest import token_samples
 
 import arb_hf
+import tiny
 from arb_hf import ArbCalibrationError
 from arb_hf.calibrate import matrices, plan, run, spool
 from arb_hf.calibrate.capture import LayerCalls
 from arb_hf.calibrate.offload import Placement
+from conftest import token_samples
 
 IDS = token_samples(1, 12, seed=5)[0][None]
 LAYERS_ON_DISK = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
@@ -107,7 +107,8 @@ def test_full_precision_weights_stay_mapped_until_their_turn(dense, monkeypatch)
         mapped = []
         maps = {each.path: each for each in psutil.Process().memory_maps() if each.path in files}
         assert maps
-        ranges = [_range(line) for line in open("/proc/self/maps") if line.split()[-1] in files]
+        with open("/proc/self/maps") as lines:
+            ranges = [_range(line) for line in lines if line.split()[-1] in files]
         for layer in this.layers[index:]:
             mapped += [any(a <= each.data_ptr() < b for a, b in ranges) for each in layer.parameters()]
         seen.append(all(mapped))

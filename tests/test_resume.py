@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from conftest import token_samples
 from safetensors.torch import load_file, save_file
 
+import tiny
 from arb_hf import ArbCalibrationError
 from arb_hf.calibrate import checkpoint, run
+from conftest import token_samples
 
 TESTS = Path(__file__).parent
 
@@ -137,7 +137,7 @@ def test_another_model_or_version_is_refused(dense, finished, tmp_path, monkeypa
     with pytest.raises(ArbCalibrationError, match=r"weights: model\.layers\.1 differ"):
         tiny.binarize(tmp_path, checkpoint_dir=finished[0])
     monkeypatch.setattr(run, "_versions", lambda: {"torch": "0"})
-    with pytest.raises(ArbCalibrationError, match="versions: torch was .*, now '0'"):
+    with pytest.raises(ArbCalibrationError, match=r"versions: torch was .*, now '0'"):
         tiny.binarize(dense, checkpoint_dir=finished[0])
 
 

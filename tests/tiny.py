@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import llama, token_samples
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arb_hf import ArbConfig
+from conftest import llama, token_samples
 
 LAYERS = 3
 

@@ -103,10 +103,11 @@ def survey(
             for matrix, shape, plain in _matrices(module):
                 full = ".".join(part for part in (prefix, str(index), name, matrix) if part)
                 pattern = config.keeps(full)
+                reason: str | None
                 if pattern is not None:
                     reason = f"overrides has {pattern!r}: None"
                 elif is_skipped(full, skip):
-                    reason = "in modules_to_not_convert"
+                    reason = "in modules_to_not_convert" if is_skipped(full, asked) else "head or tied to one"
                 elif why is not None:
                     reason = why
                 elif not plain:
@@ -122,7 +123,7 @@ def survey(
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, tuple[int, int], bool]]:
-    """The weight matrices a module itself holds: name below it, ``(out, in)``, and whether they act as a plain linear."""
+    """The weight matrices a module itself holds: name below it, ``(out, in)``, whether each acts as a plain linear."""
     stacks = find_stacks(module)
     stacked = {part for name in stacks.names for part in (name, f"{name}_bias")} if stacks else set()
     if stacks:

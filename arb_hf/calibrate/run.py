@@ -132,6 +132,12 @@ def binarize_model(
             logger.info("decoder layer %d of %d: mean output error %.4f, %.1f s", index + 1, len(layers), mean, seconds)
             if index == called[0]:
                 logger.info("about %.1f minutes for the other layers", seconds * (len(called) - 1) / 60)
+    if report.starved:
+        logger.warning(
+            "%d matrices of experts saw fewer tokens than they have inputs and borrowed from the others' tokens; "
+            "more calibration text helps",
+            len(report.starved),
+        )
     wanted = [each.name for each in run.coverage.matrices if each.kept is None]
     unused = [name for name in wanted if name not in config.modules]
     if unused:

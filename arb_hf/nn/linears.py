@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
         _put(model, name, module.restack(skeleton.get_submodule(name)))
 
 
-def _filled(empty: nn.Module, linear: nn.Module) -> nn.Module:
+def _filled(empty: Any, linear: Any) -> nn.Module:
     weight = linear.weight.T.contiguous() if isinstance(empty, Conv1D) else linear.weight
     empty.weight = nn.Parameter(weight, requires_grad=False)
     if linear.bias is not None:

@@ -267,7 +267,8 @@ def row(family: str, quick: bool) -> str:
         same = [torch.equal(*pair) for pair in zip(outputs(model), outputs(again), strict=True)]
     coverage = model.arb_report.coverage if quick else published_coverage(family)
     why = reasons(coverage) if coverage.share < 0.95 else ""
-    return f"| {family} | {coverage.share:.1%} | {' | '.join('identical' if each else 'DIFFERS' for each in same)} | {why} |"
+    verdicts = " | ".join("identical" if each else "DIFFERS" for each in same)
+    return f"| {family} | {coverage.share:.1%} | {verdicts} | {why} |"
 
 
 def main() -> None:
