@@ -163,7 +163,8 @@ class BinaryExperts(nn.Module):
         if number >= self.stacks.count:  # an expert that does nothing: LongCat's, or one that lives elsewhere
             return x if hasattr(self.fused, "identity_expert") else torch.zeros_like(x)
         out = self.get_submodule(str(number))(x)
-        return self.fused.post_expert_norm(out) if hasattr(self.fused, "post_expert_norm") else out
+        norm = getattr(self.fused, "post_expert_norm", None)
+        return out if norm is None else norm(out)
 
     def _batched(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(self.stacks.count, -1, hidden_states.shape[-1])
