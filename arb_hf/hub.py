@@ -108,7 +108,7 @@ def save_pretrained(
     model.save_pretrained(folder, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    report = getattr(model, "arb_report", None) or load_report(model.name_or_path, local_files_only=True)
+    report = getattr(model, "arb_report", None) or load_report(model.name_or_path or "", local_files_only=True)
     if report is not None:
         _publishable(report, model).to_json(folder / REPORT_FILE)
     write_card(folder, repo_id, base_model, _metadata(report.model if report else ""))
@@ -213,7 +213,7 @@ def push_folder(
             logger.warning("%s has a README.md that arb_hf did not write: kept; the new card is not pushed", repo_id)
         return api.upload_folder(
             repo_id=repo_id,
-            folder_path=folder,
+            folder_path=str(folder),
             commit_message=commit_message or "Upload a model packed by arb_hf",
             revision=revision,
             create_pr=create_pr,

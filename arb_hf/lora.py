@@ -106,7 +106,7 @@ class LoraBinaryLinear(nn.Module, LoraLayer):
             return result
         for name in self.active_adapters:
             if name in self.lora_A:
-                inputs = self.lora_dropout[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
+                inputs = self.lora_dropout[name](self._cast_input_dtype(x, next(self.lora_A[name].parameters()).dtype))
                 result = result + (self.lora_B[name](self.lora_A[name](inputs)) * self.scaling[name]).to(result.dtype)
         return result
 
@@ -136,7 +136,7 @@ class ScaledLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The first plane: where adapters look for the device."""
-        return self.binary.weight
+        return self.binary.packed["weight"]
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

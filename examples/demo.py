@@ -65,7 +65,9 @@ def size_of(folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter calibration windows, a shorter evaluation")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer and shorter calibration windows, a shorter evaluation"
+    )
     parser.add_argument("--out", type=Path, default=CACHE / "SmolLM2-135M-Instruct-arb-rc")
     arguments = parser.parse_args()
     samples, windows = (4, 4) if arguments.quick else (32, 20)

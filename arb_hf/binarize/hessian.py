@@ -55,15 +55,21 @@ def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.d
     if not torch.isfinite(hessian).all():
         raise ArbCalibrationError("the Hessian is not finite: calibration inputs hold NaN or infinite values")
     dead = diagonal == 0
-    mean = torch.where(dead, 1.0, diagonal).mean()
     for factor in DAMPING_LADDER:
         relative = damping if factor == 1.0 else max(damping, SMALLEST_RETRY / 10) * factor
-        damped = hessian.clone()
-        damped.diagonal().add_(dead.to(damped.dtype)).add_(relative * mean)
-        upper = _upper_factor_of_inverse(damped)
+        upper = _upper_factor_of_inverse(damped(hessian, dead, relative))
         if upper is not None:
             return HessianFactor(upper, dead, relative, data_free=False)
     return _identity(size, hessian.device, dead)
+
+
+def damped(hessian: Tensor, dead: Tensor, relative: float) -> Tensor:
+    """H with ones on the diagonal of dead columns and ``relative`` times its mean added to all of it (ALGORITHM 2.1-2.2)."""
+    matrix = hessian.clone()
+    diagonal = matrix.diagonal()
+    diagonal += dead.to(matrix.dtype)
+    diagonal += relative * diagonal.mean()
+    return matrix
 
 
 def _upper_factor_of_inverse(matrix: Tensor) -> Tensor | None:

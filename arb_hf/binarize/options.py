@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..form import BinaryForm
+
 METHODS = ("arb-rc", "arb-x", "arb", "billm")
 SALIENT_METRICS = ("hessian", "magnitude")
-REFINEMENTS = ("paper",)
+REFINEMENTS = ("paper", "full")
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -35,3 +37,18 @@ class BinarizeOptions:
     def has_column_scales(self) -> bool:
         """Row and column scales without means (ARB-RC), or row scales and means (the other methods)."""
         return self.method == "arb-rc"
+
+    def form(
+        self, out_features: int, in_features: int, salient_columns: int, scale_dtype: str | None = None
+    ) -> BinaryForm:
+        """The form of a matrix binarized with these options."""
+        return BinaryForm(
+            out_features=out_features,
+            in_features=in_features,
+            salient_columns=salient_columns,
+            block_size=self.block_size,
+            groups=2 if self.group_bitmap else 1,
+            salient_groups=2 if self.group_bitmap and self.column_group_bitmap else 1,
+            has_column_scales=self.has_column_scales,
+            scale_dtype=scale_dtype or self.scale_dtype,
+        )

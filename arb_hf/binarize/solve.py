@@ -13,6 +13,7 @@ from ..errors import ArbCalibrationError
 from ..form import BinaryForm
 from . import arb, billm, partition, rc, x
 from .fit import Fit, binarize_residual
+from .full import binarize_full
 from .hessian import HessianFactor, factorize, output_error
 from .options import BinarizeOptions
 from .partition import Partition
@@ -93,6 +94,15 @@ def _checked(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def solve(weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions) -> BinaryWeight:
+    """Binarize a checked float32 matrix as ``options.refinement`` says."""
+    if options.refinement == "full":
+        return binarize_full(weight, hessian, factor, options)
+    return _binarize_published(weight, hessian, factor, options)
+
+
+def _binarize_published(
+    weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions
+) -> BinaryWeight:
     """The driver of ALGORITHM 2.4, published form: the error of a whole block goes to the blocks after it."""
     n, m = weight.shape
     remaining = weight.clone()
@@ -195,16 +205,7 @@ def _fit_columns(
 
 def _assemble(blocks: list[_Block], n: int, m: int, options: BinarizeOptions) -> BinaryWeight:
     salient = torch.cat([block.parts.salient for block in blocks])
-    form = BinaryForm(
-        out_features=n,
-        in_features=m,
-        salient_columns=int(salient.sum()),
-        block_size=options.block_size,
-        groups=2 if options.group_bitmap else 1,
-        salient_groups=2 if options.group_bitmap and options.column_group_bitmap else 1,
-        has_column_scales=options.has_column_scales,
-        scale_dtype=options.scale_dtype,
-    )
+    form = options.form(n, m, int(salient.sum()))
     rows = [
         [fit.rows[0] for fit in block.ordinary]
         + [row for fit in block.salient for row in fit.rows]

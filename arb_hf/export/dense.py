@@ -39,7 +39,7 @@ def export_dense(
         weight = model.get_submodule(name).weight
         assert isinstance(weight, torch.Tensor)
         rounding.add(weight, weight.to(wanted))
-    model.to(wanted)
+    model.to(wanted)  # type: ignore[arg-type]
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

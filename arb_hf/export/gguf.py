@@ -83,7 +83,7 @@ def export_gguf(
     counts: dict[str, int] = {}
     rounding = Rounding()
     try:
-        _add_config(writer, config, Path(model.name_or_path).name)
+        _add_config(writer, config, Path(model.name_or_path or "model").name)
         _add_vocabulary(writer, gguf, tokenizer, vocabulary, pre_tokenizer or architecture.pre_tokenizer)
         for name, tensor in _tensors(model):
             if architecture.interleaved:
@@ -166,7 +166,7 @@ def _tensors(model: PreTrainedModel, decode: bool = True) -> Iterator[tuple[str,
     """Every tensor of the dense model by its usual name, float32; a head tied to the embedding is left out."""
     binary = binary_modules(model)
     for name, module in binary.items():
-        yield f"{name}.weight", module.binary_weight().dequantize() if decode else module.weight
+        yield f"{name}.weight", module.binary_weight().dequantize() if decode else module.packed["weight"]
         if module.bias is not None:
             yield f"{name}.bias", module.bias.detach().float()
     for name, parameter in model.named_parameters():  # names a tied tensor once
@@ -216,7 +216,7 @@ def _add_config(writer: Any, config: Any, name: str) -> None:
 
 def _vocabulary(tokenizer: Any, size: int) -> list[tuple[str, bool, bool]]:
     """Every token: its text, is it a special one, is it an added one; places without a token are filled."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     byte_level = backend is not None and "ByteLevel" in repr(backend.pre_tokenizer)
     if not byte_level or type(backend.model).__name__ != "BPE":
         raise ValueError("GGUF export knows byte-level BPE tokenizers only (GPT-2's kind); this model has another")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -117,7 +119,7 @@ class Shortcut:
         self._addresses: list[int] = []
         self._layer = Layer()
 
-    def __call__(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, tensors: dict[str, Any]) -> Tensor:
         """As :func:`linear`; ``tensors`` may hold others too."""
         addresses = [tensors[name].data_ptr() for name in self._names]
         if addresses != self._addresses:

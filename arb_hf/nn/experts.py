@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -163,7 +165,7 @@ class BinaryExperts(nn.Module):
         if number >= self.stacks.count:  # an expert that does nothing: LongCat's, or one that lives elsewhere
             return x if hasattr(self.fused, "identity_expert") else torch.zeros_like(x)
         out = self.get_submodule(str(number))(x)
-        norm = getattr(self.fused, "post_expert_norm", None)
+        norm: Any = getattr(self.fused, "post_expert_norm", None)
         return out if norm is None else norm(out)
 
     def _batched(self, hidden_states: Tensor) -> Tensor:

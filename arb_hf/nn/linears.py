@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 from collections.abc import Iterable
 
 import torch
@@ -92,7 +93,7 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
         _put(model, name, module.restack(skeleton.get_submodule(name)))
 
 
-def _filled(empty: nn.Module, linear: nn.Linear) -> nn.Module:
+def _filled(empty: Any, linear: Any) -> nn.Module:
     weight = linear.weight.T.contiguous() if isinstance(empty, Conv1D) else linear.weight
     empty.weight = nn.Parameter(weight, requires_grad=False)
     if linear.bias is not None:

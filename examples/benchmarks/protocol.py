@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
 from arb_hf import ArbConfig
+from arb_hf.evaluate import perplexity
 
 LENGTH = 512
 CALIBRATION_WINDOWS = 32
@@ -74,17 +75,9 @@ def calibration_windows(tokens: Tensor, seed: int) -> list[Tensor]:
     return [tokens[start : start + LENGTH] for start in starts.tolist()]
 
 
-@torch.no_grad()
-def perplexity(model: Any, tokens: Tensor, windows: int = EVALUATION_WINDOWS) -> float:
-    """exp(mean NLL) over the first non-overlapping windows."""
-    total = 0.0
-    for window in tokens[: windows * LENGTH].view(windows, LENGTH):
-        logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, window[1:].to(logits.device), reduction="sum").item()
-    return math.exp(total / (windows * (LENGTH - 1)))
-
-
-def binarize(path: str, windows: list[Tensor], seed: int, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, float]:
+def binarize(
+    path: str, windows: list[Tensor], seed: int, options: dict[str, Any], dtype: torch.dtype
+) -> tuple[Any, float]:
     """The binarized model and the seconds it took."""
     config = ArbConfig(dataset=windows, num_samples=len(windows), sequence_length=LENGTH, seed=seed, **options)
     start = time.perf_counter()
@@ -117,11 +110,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki")
     parser.add_argument(
-        "--option", nargs="*", default=[], metavar="KEY=JSON", help="more ArbConfig options, as in scale_dtype='\"int8\"'"
+        "--option",
+        nargs="*",
+        default=[],
+        metavar="KEY=JSON",
+        help="more ArbConfig options, as in scale_dtype='\"int8\"'",
     )
+    parser.add_argument("--full-precision", type=float, help="its perplexity, if known from an earlier run")
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--json", type=Path, help="append one JSON line per run to this file")
-    parser.add_argument("--quick", action="store_true", help="4 evaluation windows and 4 calibration windows: a smoke test")
+    parser.add_argument(
+        "--quick", action="store_true", help="4 evaluation windows and 4 calibration windows: a smoke test"
+    )
     return parser.parse_args(argv)
 
 
@@ -141,16 +141,17 @@ def main(argv: list[str] | None = None) -> None:
                 file.write(json.dumps(asdict(run)) + "\n")
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    full = perplexity(model, evaluation, count)
+    full = arguments.full_precision or perplexity(model, evaluation, sequence_length=LENGTH, max_windows=count)
     report(Run(None, full, 0.0, 32.0, 0.0))
     del model
     for options in options_of(arguments):
         for seed in arguments.seeds:
             windows = calibration_windows(calibration, seed)[: 4 if arguments.quick else None]
             model, seconds = binarize(arguments.model, windows, seed, options, torch.float32)
-            value = perplexity(model, evaluation, count)
+            bits = arb_hf.bits_per_weight(model)
+            value = perplexity(arb_hf.dequantize(model), evaluation, sequence_length=LENGTH, max_windows=count)
             gap = math.log(value) - math.log(full)
-            report(Run(seed, value, gap, arb_hf.bits_per_weight(model), seconds, arguments.calibration, options))
+            report(Run(seed, value, gap, bits, seconds, arguments.calibration, options))
             del model
 
 

@@ -1,0 +1,157 @@
+"""`refinement="full"`: one matrix, by the steps of :mod:`~arb_hf.binarize.refine`.
+
+First the published way, column blocks left to right, each block's error carried on to the blocks after it, but with
+levels that every weight chooses freely and errors fed back column by column. Then sweeps of block coordinate descent
+on the output error of the whole matrix, ``tr((W - Q) H (W - Q)^T)``: scales, then codes, block after block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..form import BinaryForm
+from .hessian import HessianFactor, damped
+from .options import BinarizeOptions
+from .partition import saliency
+from .refine import (
+    FIRST,
+    GROUP,
+    SECOND,
+    CodedBlock,
+    descend_codes,
+    exact_compensation,
+    fit_columns,
+    fit_rows,
+    nearest_codes,
+    round_scales,
+    round_with_feedback,
+    start,
+)
+from .weight import BinaryWeight
+
+SWEEPS = 2
+PUBLISHED_SALIENT = 0.045  # of the columns; what the published search settles on, by the Hessian metric
+FREE_SALIENT = 0.1  # where a second sign takes the place of the group and costs nothing
+
+
+def binarize_full(
+    weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions
+) -> BinaryWeight:
+    """Binarize ``weight [n, m]``; arguments as for ``solve``, whose published algorithm this replaces."""
+    wanted = weight.clone()
+    wanted[:, factor.dead] = 0
+    salient = choose_salient_columns(wanted, factor, options)
+    form = options.form(*weight.shape, int(salient.sum()))
+    curvature = _curvature(hessian, factor)
+    wanted = wanted.T.contiguous()
+    dense = torch.empty_like(wanted)
+    blocks = list(_left_to_right(wanted, dense, salient, factor.upper, form))
+    gradient = curvature @ (wanted - dense)
+    for sweep in range(SWEEPS):
+        blocks = _descend(blocks, dense, gradient, curvature, last=sweep == SWEEPS - 1)
+    return assemble(blocks, form)
+
+
+def _curvature(hessian: Tensor | None, factor: HessianFactor) -> Tensor:
+    """The damped H that the factor belongs to; the identity without data."""
+    if hessian is None or factor.data_free:
+        return torch.eye(len(factor.upper), device=factor.upper.device)
+    return damped(hessian, factor.dead, factor.damping)
+
+
+def choose_salient_columns(weight: Tensor, factor: HessianFactor, options: BinarizeOptions) -> Tensor:
+    """The columns that get a second sign, bool ``[m]``: the most salient of the whole matrix, not of every block.
+
+    As many as bring the stored bits to those of the published form (float16 scales, 4.5 % of the columns salient), so
+    that bits saved on scales are spent here; ``max_salient_columns`` per block on average at most.
+    """
+    n, m = weight.shape
+    published = options.form(n, m, round(PUBLISHED_SALIENT * m), scale_dtype="float16").bits()
+    limit = min(m, options.max_salient_columns * -(-m // options.block_size))
+    if options.group_bitmap and not options.column_group_bitmap:
+        count = round(FREE_SALIENT * m)
+    else:
+        count = sum(options.form(n, m, each).bits() <= published for each in range(1, m + 1))
+    metric = saliency(weight, factor.upper.diagonal(), options.salient_metric).abs().sum(0)
+    salient = torch.zeros(m, dtype=torch.bool, device=weight.device)
+    salient[metric.topk(min(count, limit)).indices] = True
+    return salient
+
+
+def _spans(size: int, block_size: int) -> list[slice]:
+    return [slice(first, min(first + block_size, size)) for first in range(0, size, block_size)]
+
+
+def _left_to_right(
+    wanted: Tensor, dense: Tensor, salient: Tensor, upper: Tensor, form: BinaryForm
+) -> Iterator[CodedBlock]:
+    """Blocks coded one after the other; what a block cannot express is taken over by the columns after it.
+
+    ``dense`` receives the blocks' values.
+    """
+    remaining = wanted.clone()
+    for span in _spans(len(wanted), form.block_size):
+        values, factor = remaining[span], upper[span, span]
+        # With the later columns free to compensate, this is the Hessian that the block's error meets.
+        effective = torch.cholesky_inverse(factor, upper=True)
+        block = start(values, salient[span], form)
+        block = fit_columns(fit_rows(nearest_codes(block, values), values, None), values, None)
+        block, _ = round_with_feedback(block, values, factor)
+        block = fit_columns(fit_rows(block, values, effective), values, effective)
+        dense[span] = block.values()
+        if span.stop < len(wanted):
+            remaining[span.stop :] -= exact_compensation(values - dense[span], factor, upper[span, span.stop :])
+        yield block
+
+
+def _descend(
+    blocks: list[CodedBlock], dense: Tensor, gradient: Tensor, hessian: Tensor, last: bool
+) -> list[CodedBlock]:
+    """One sweep over the blocks: row scales, column scales, codes.
+
+    ``dense`` is Q, ``gradient`` is ``H (W - Q)``, columns first; both are kept up in place.
+    The last sweep rounds each block's scales before its codes, so that codes and later blocks make up for it.
+    """
+    done = []
+    for block, span in zip(blocks, _spans(len(gradient), blocks[0].form.block_size), strict=True):
+        curvature, before = hessian[span, span], dense[span]
+        target = before + torch.linalg.solve(curvature, gradient[span])
+        block = fit_columns(fit_rows(block, target, curvature), target, curvature)
+        if last:
+            block = round_scales(block)
+        now = block.values()
+        block, now = descend_codes(block, curvature @ (target - now), curvature, now)
+        gradient -= hessian[:, span] @ (now - before)
+        dense[span] = now
+        done.append(block)
+    return done
+
+
+def assemble(blocks: list[CodedBlock], form: BinaryForm) -> BinaryWeight:
+    """The coded blocks of a matrix as one binary weight."""
+    salient = torch.cat([block.salient for block in blocks])
+    codes = torch.cat([block.codes for block in blocks])
+    columns = extra = None
+    if form.has_column_scales:
+        scales = torch.cat([block.columns for block in blocks], 1)
+        of_salient = scales[form.groups : form.scale_slots, salient]
+        columns = scales[: form.groups].clone()
+        columns[:, salient] = of_salient[: form.groups]
+        extra = of_salient[form.groups :] if form.scale_slots > 2 * form.groups else None
+    return BinaryWeight(
+        form=form,
+        signs=_plane(codes, FIRST),
+        second_signs=_plane(codes[salient], SECOND),
+        groups=((codes & GROUP) != 0).T.contiguous() if form.groups == 2 else None,
+        salient=salient,
+        row_parameters=torch.stack([block.rows for block in blocks]),
+        column_scales=columns,
+        salient_column_scales=extra,
+    )
+
+
+def _plane(codes: Tensor, bit: int) -> Tensor:
+    return ((codes & bit) != 0).T.contiguous().to(torch.int8) * 2 - 1

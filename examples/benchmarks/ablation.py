@@ -1,0 +1,150 @@
+"""What each step of ``refinement="full"`` gives: output error, bits and CPU seconds on some matrices of a model.
+
+    python examples/benchmarks/ablation.py --model MODEL --data FOLDER --layers 2 12
+
+Inputs are those of the full-precision model on the calibration windows of ``protocol.py``. Every line adds its step to
+the ones before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from protocol import calibration_tokens, calibration_windows
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from arb_hf.binarize import BinarizeOptions, BinaryWeight, binarize_weight
+from arb_hf.binarize.full import _curvature, _descend, _spans, assemble, choose_salient_columns
+from arb_hf.binarize.hessian import HessianFactor, factorize, output_error
+from arb_hf.binarize.refine import (
+    exact_compensation,
+    fit_columns,
+    fit_rows,
+    nearest_codes,
+    round_with_feedback,
+    start,
+)
+from arb_hf.calibrate.capture import capture, run_layer
+from arb_hf.calibrate.data import Batch
+from arb_hf.calibrate.decoder import find_decoder_layers, find_linears
+from arb_hf.calibrate.hessians import accumulate
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which steps are taken; ``salient`` and ``scale_dtype`` as in ``BinarizeOptions``."""
+
+    feedback: bool = True
+    exact: bool = True
+    rows: bool = True
+    columns: bool = True
+    sweeps: int = 0
+    scale_dtype: str = "float16"
+
+
+VARIANTS: dict[str, Steps] = {
+    "free levels": Steps(feedback=False, exact=False, rows=False, columns=False),
+    "+ column feedback": Steps(exact=False, rows=False, columns=False),
+    "+ exact compensation": Steps(rows=False, columns=False),
+    "+ row scales under H": Steps(columns=False),
+    "+ column scales under H": Steps(),
+    "+ one sweep of block descent": Steps(sweeps=1),
+    "+ two sweeps": Steps(sweeps=2),
+    "(four sweeps)": Steps(sweeps=4),
+    "+ 8-bit scales, bits spent on salient columns": Steps(sweeps=2, scale_dtype="int8"),
+}
+
+
+def solve(weight: Tensor, hessian: Tensor, factor: HessianFactor, steps: Steps) -> BinaryWeight:
+    """As ``binarize_full``, with the steps asked for."""
+    options = BinarizeOptions(refinement="full", scale_dtype=steps.scale_dtype)
+    salient = choose_salient_columns(weight, factor, options)
+    form = options.form(*weight.shape, int(salient.sum()))
+    wanted, curvature = weight.T.contiguous(), _curvature(hessian, factor)
+    remaining, dense, blocks = wanted.clone(), torch.empty_like(wanted), []
+    for span in _spans(len(wanted), form.block_size):
+        values, upper = remaining[span], factor.upper[span, span]
+        effective = torch.cholesky_inverse(upper, upper=True)
+        block = start(values, salient[span], form)
+        block = nearest_codes(fit_columns(fit_rows(block, values, None), values, None), values)
+        if steps.feedback:
+            block, _ = round_with_feedback(block, values, upper)
+        if steps.rows:
+            block = fit_rows(block, values, effective)
+        if steps.columns:
+            block = fit_columns(block, values, effective)
+        dense[span] = block.values()
+        later, error = factor.upper[span, span.stop :], values - dense[span]
+        if steps.exact:
+            remaining[span.stop :] -= exact_compensation(error, upper, later)
+        else:
+            remaining[span.stop :] -= later.T @ (error / upper.diagonal()[:, None])
+        blocks.append(block)
+    gradient = curvature @ (wanted - dense)
+    for sweep in range(steps.sweeps):
+        blocks = _descend(blocks, dense, gradient, curvature, last=sweep == steps.sweeps - 1)
+    return assemble(blocks, form)
+
+
+@torch.no_grad()
+def matrices(arguments: argparse.Namespace) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, weight and H of the matrices of some layers, one per distinct input."""
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    windows = calibration_windows(calibration_tokens("wiki", arguments.data, tokenizer), 0)[: arguments.windows]
+    prefix, layers = find_decoder_layers(model)
+    calls = capture(model, layers, [Batch(window[None], None) for window in windows])
+    found = []
+    for index, layer in enumerate(layers[: max(arguments.layers) + 1]):
+        if index in arguments.layers:
+            linears = dict(find_linears(layer, f"{prefix}.{index}", []))
+            for group in accumulate(layer, linears, calls, index):
+                name, hessian = group.names[0], group.hessian()
+                assert hessian is not None
+                found.append((name.removeprefix(prefix + "."), linears[name].weight.data.float(), hessian))
+        for call in calls:
+            call.hidden = run_layer(layer, call, index)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model's path or name")
+    parser.add_argument("--data", required=True, type=Path, help="folder with wiki.valid.raw")
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 12])
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one layer, 4 windows: a smoke test")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.layers, arguments.windows = [0], 4
+    torch.set_num_threads(arguments.threads)
+    found = matrices(arguments)
+    factors = [factorize(hessian, weight.shape[1], 0.01) for _, weight, hessian in found]
+    print(f"{'':48s}" + "".join(f"{name:>22s}" for name, _, _ in found) + f"{'bits':>8s}{'CPU s':>8s}")
+
+    def line(name: str, make: Callable[[Tensor, Tensor, HessianFactor], BinaryWeight]) -> None:
+        begin = time.process_time()
+        results = [make(w, h, f) for (_, w, h), f in zip(found, factors, strict=True)]
+        seconds = time.process_time() - begin
+        errors = [
+            output_error(w - binary.rounded().dequantize(), w, h)
+            for (_, w, h), binary in zip(found, results, strict=True)
+        ]
+        bits = sum(each.form.bits() for each in results) / sum(w.numel() for _, w, _ in found)
+        print(f"{name:48s}" + "".join(f"{error:22.5f}" for error in errors) + f"{bits:8.3f}{seconds:8.2f}", flush=True)
+
+    with torch.no_grad():
+        line("published", lambda w, h, f: binarize_weight(w, h, BinarizeOptions()))
+        for name, steps in VARIANTS.items():
+            line(name, lambda w, h, f, steps=steps: solve(w, h, f, steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Perplexity over true bits per weight: published binary methods, `refinement="full"`, and 2 to 4-bit peers.
+
+    python examples/pareto.py --model MODEL --data FOLDER --csv pareto.csv --plot pareto.png
+
+Data, calibration and evaluation are those of ``benchmarks/protocol.py``. Points that the CSV already holds are not run
+again, so a run can be stopped and continued. Peers: round-to-nearest and GPTQ-style rounding (asymmetric min-max grids,
+float16 scale and zero per 128 weights) and HQQ (needs ``pip install hqq``), all stored bits counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import arb_hf
+from arb_hf.binarize.hessian import HessianFactor, factorize
+from arb_hf.calibrate.capture import capture, run_layer
+from arb_hf.calibrate.data import Batch
+from arb_hf.calibrate.decoder import find_decoder_layers, find_linears
+from arb_hf.calibrate.hessians import accumulate
+from arb_hf.evaluate import perplexity
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from protocol import (
+    EVALUATION_WINDOWS,
+    LENGTH,
+    binarize,
+    calibration_tokens,
+    calibration_windows,
+    read_wikitext,
+    tokenize,
+)
+
+GROUP = 128
+PAPER = {"refinement": "paper"}
+FULL = {"refinement": "full", "scale_dtype": "int8"}
+ONE_GROUP = {"group_bitmap": False, "column_group_bitmap": False}
+NO_CGB = {"column_group_bitmap": False}
+BINARY: dict[str, tuple[str, dict[str, Any]]] = {
+    "ARB-RC one group": ("published", PAPER | ONE_GROUP),
+    "ARB-RC": ("published", PAPER | NO_CGB),
+    "ARB-RC + CGB": ("published", PAPER),
+    "ARB-X": ("published", PAPER | NO_CGB | {"method": "arb-x"}),
+    "ARB-X + CGB": ("published", PAPER | {"method": "arb-x"}),
+    "BiLLM": ("published", PAPER | NO_CGB | {"method": "billm"}),
+    "full, one group, few salient": ("full", FULL | ONE_GROUP | {"max_salient_columns": 6}),
+    "full, one group": ("full", FULL | ONE_GROUP),
+    "full": ("full", FULL | NO_CGB),
+    "full + CGB, few salient": ("full", FULL | {"max_salient_columns": 20}),
+    "full + CGB": ("full", FULL),
+}
+Rounding = Callable[[Tensor, HessianFactor], Tensor]
+
+
+def grid_rounding(weight: Tensor, bits: int) -> Callable[[Tensor, int], Tensor]:
+    """Rounding of columns to the min-max grid of their row and group of 128, float16 scale and zero."""
+    top = 2**bits - 1
+    groups = weight.split(GROUP, dim=1)
+    low = torch.stack([each.amin(1).clamp(max=0) for each in groups], 1)
+    high = torch.stack([each.amax(1).clamp(min=0) for each in groups], 1)
+    scale = ((high - low) / top).clamp(min=1e-6).half().float()
+    zero = (-low / scale).half().float()
+
+    def rounded(values: Tensor, column: int) -> Tensor:
+        s, z = scale[:, column // GROUP], zero[:, column // GROUP]
+        return ((values / s + z).round().clamp(0, top) - z) * s
+
+    return rounded
+
+
+def nearest(weight: Tensor, factor: HessianFactor, bits: int) -> Tensor:
+    rounded = grid_rounding(weight, bits)
+    return torch.stack([rounded(weight[:, j], j) for j in range(weight.shape[1])], 1)
+
+
+def gptq(weight: Tensor, factor: HessianFactor, bits: int) -> Tensor:
+    """GPTQ-style: columns in turn, each error taken over by the columns after it."""
+    rounded, upper = grid_rounding(weight, bits), factor.upper
+    weight, result = weight.clone(), torch.empty_like(weight)
+    for start in range(0, weight.shape[1], GROUP):
+        stop = min(start + GROUP, weight.shape[1])
+        errors = []
+        for j in range(start, stop):
+            result[:, j] = rounded(weight[:, j], j)
+            errors.append((weight[:, j] - result[:, j]) / upper[j, j])
+            weight[:, j + 1 : stop] -= torch.outer(errors[-1], upper[j, j + 1 : stop])
+        weight[:, stop:] -= torch.stack(errors, 1) @ upper[start:stop, stop:]
+    return result
+
+
+def hqq(weight: Tensor, factor: HessianFactor, bits: int) -> Tensor:
+    try:
+        from hqq.core.quantize import Quantizer
+    except ImportError as error:
+        raise SystemExit("the HQQ points need hqq: pip install hqq (or pass --skip hqq)") from error
+    size = GROUP if weight.shape[1] % GROUP == 0 else GROUP // 2  # HQQ takes no incomplete groups
+    packed, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=size, axis=1, optimize=True, device="cpu", compute_dtype=torch.float32
+    )
+    return Quantizer.dequantize(packed, meta).float().reshape(weight.shape)
+
+
+PEERS: dict[str, tuple[Callable[[Tensor, HessianFactor, int], Tensor], int]] = {
+    **{f"RTN {bits} bits": (nearest, bits) for bits in (2, 3, 4)},
+    **{f"GPTQ-style {bits} bits": (gptq, bits) for bits in (2, 3)},
+    **{f"HQQ {bits} bits": (hqq, bits) for bits in (2, 3, 4)},
+}
+
+
+@torch.no_grad()
+def round_model(model: Any, windows: list[Tensor], rounding: Callable, bits: int) -> None:
+    """Round every linear of the decoder layers in place, layer after layer, each on the inputs the last ones leave."""
+    prefix, layers = find_decoder_layers(model)
+    calls = capture(model, layers, [Batch(window[None], None) for window in windows])
+    for index, layer in enumerate(layers):
+        linears: dict[str, nn.Linear] = dict(find_linears(layer, f"{prefix}.{index}", []))
+        for group in accumulate(layer, linears, calls, index):
+            factor = factorize(group.hessian(), linears[group.names[0]].in_features, 0.01)
+            for name in group.names:
+                linears[name].weight.data = rounding(linears[name].weight.data, factor, bits)
+        for call in calls:
+            call.hidden = run_layer(layer, call, index)
+
+
+def peer_bits(model: Any, rounding: Callable, bits: int) -> float:
+    """Stored bits per weight: codes, and a float16 scale and zero per group."""
+    prefix, layers = find_decoder_layers(model)
+    stored = weights = 0
+    for index, layer in enumerate(layers):
+        for _, linear in find_linears(layer, f"{prefix}.{index}", []):
+            n, m = linear.weight.shape
+            size = GROUP if rounding is not hqq or m % GROUP == 0 else GROUP // 2
+            stored += n * (m * bits + -(-m // size) * 32)
+            weights += n * m
+    return stored / weights
+
+
+def points(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[list[Tensor]], tuple[Any, float]]]]:
+    """Family, name, and how to make the model: from calibration windows to ``(model, bits per weight)``."""
+    for name, (family, options) in BINARY.items():
+
+        def binary(windows: list[Tensor], options=options) -> tuple[Any, float]:
+            model, _ = binarize(arguments.model, windows, arguments.seed, options, torch.float32)
+            bits = arb_hf.bits_per_weight(model)
+            return arb_hf.dequantize(model), bits
+
+        yield family, name, binary
+    for name, (rounding, bits) in PEERS.items():
+
+        def peer(windows: list[Tensor], rounding=rounding, bits=bits) -> tuple[Any, float]:
+            model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+            stored = peer_bits(model, rounding, bits)
+            round_model(model, windows, rounding, bits)
+            return model, stored
+
+        yield name.split()[0], name, peer
+
+
+def plot(rows: list[dict[str, str]], full: float, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for family in dict.fromkeys(row["family"] for row in rows if row["family"] != "full precision"):
+        here = sorted(
+            (float(row["bits"]), float(row["perplexity"]), row["name"]) for row in rows if row["family"] == family
+        )
+        axes.plot(
+            [each[0] for each in here],
+            [each[1] for each in here],
+            marker="o",
+            linewidth=2 if family == "full" else 0.8,
+            label=f'arb_hf, refinement="{family}"' if family in ("published", "full") else family,
+            linestyle="none" if family == "published" else "-",
+        )
+        if family in ("published", "full"):
+            for bits, value, name in here:
+                axes.annotate(name, (bits, value), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.axhline(full, color="grey", linestyle=":", label="full precision")
+    axes.set(xlabel="true bits per weight", ylabel="perplexity, WikiText-2", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model's path or name")
+    parser.add_argument("--data", required=True, type=Path, help="folder with wiki.valid.raw and wiki.test.raw")
+    parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki")
+    parser.add_argument("--csv", type=Path, default=Path("pareto.csv"))
+    parser.add_argument("--plot", type=Path, default=Path("pareto.png"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out points whose name begins with one of these")
+    parser.add_argument("--quick", action="store_true", help="4 windows for calibration and evaluation: a smoke test")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    evaluation = tokenize(tokenizer, read_wikitext(arguments.data / "wiki.test.raw"))
+    windows = calibration_windows(calibration_tokens(arguments.calibration, arguments.data, tokenizer), arguments.seed)
+    windows = windows[: 4 if arguments.quick else None]
+    count = 4 if arguments.quick else EVALUATION_WINDOWS
+    rows = list(csv.DictReader(arguments.csv.open())) if arguments.csv.exists() else []
+
+    def add(family: str, name: str, bits: float, value: float, seconds: float) -> None:
+        row = {
+            "family": family,
+            "name": name,
+            "bits": f"{bits:.4f}",
+            "perplexity": f"{value:.3f}",
+            "seconds": f"{seconds:.0f}",
+        }
+        rows.append(row)
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"{name:32s} {bits:6.3f} bits  perplexity {value:9.2f}", flush=True)
+
+    known = {row["name"] for row in rows}
+    if "full precision" not in known:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+        add(
+            "full precision",
+            "full precision",
+            32,
+            perplexity(model, evaluation, sequence_length=LENGTH, max_windows=count),
+            0,
+        )
+        del model
+    for family, name, make in points(arguments):
+        if name in known or any(name.lower().startswith(each.lower()) for each in arguments.skip):
+            continue
+        start = time.perf_counter()
+        model, bits = make(windows)
+        seconds = time.perf_counter() - start
+        add(family, name, bits, perplexity(model, evaluation, sequence_length=LENGTH, max_windows=count), seconds)
+        del model
+    full = next(float(row["perplexity"]) for row in rows if row["name"] == "full precision")
+    plot(rows, full, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
