@@ -25,8 +25,15 @@ METHOD_NAMES = {
 }
 # Said elsewhere in the card, or of no use to its reader.
 HIDDEN_OPTIONS = (
-    "quant_method dataset num_samples sequence_length batch_size tokenizer checkpoint_dir modules_to_not_convert"
-).split()
+    "quant_method",
+    "dataset",
+    "num_samples",
+    "sequence_length",
+    "batch_size",
+    "tokenizer",
+    "checkpoint_dir",
+    "modules_to_not_convert",
+)
 LICENSE_KEYS = ("license", "license_name", "license_link")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

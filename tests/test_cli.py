@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from byte_model import save_byte_model
-from conftest import fresh_process, words
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf.light import headers
 from arb_hf.light.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser, main
 from arb_hf.report import ArbReport
+from byte_model import save_byte_model
+from conftest import fresh_process, words
 
 OUTSIDE = Path(arb_hf.__file__).parent / "outside"
 ITEM = {"query": "Water is", "choices": ["wet", "a stone"], "gold": 0}
@@ -326,11 +326,22 @@ def test_python_m_is_the_same(packed):
     assert json.loads(done.stdout)["options"]["method"] == "arb-rc"
 
 
+OPTIMUM = """
+import sys
+try:
+    import optimum.commands.register.register_arb_hf
+except ImportError:  # arb_hf runs from its source and is not installed
+    sys.path.insert(0, {outside!r})
+from optimum.commands.optimum_cli import main
+main()
+"""
+
+
 def test_optimum_cli_offers_the_commands(packed):
     pytest.importorskip("optimum.commands.optimum_cli")
     for argv, expected in ((["--help"], "quantize"), (["inspect", str(packed)], "mlp.down_proj")):
-        code = f"import sys; sys.argv = ['optimum-cli', 'arb', *{argv!r}]; sys.path.insert(0, {str(OUTSIDE)!r})\n"
-        done = fresh_process(code + "from optimum.commands.optimum_cli import main; main()")
+        code = f"import sys; sys.argv = ['optimum-cli', 'arb', *{argv!r}]\n" + OPTIMUM.format(outside=str(OUTSIDE))
+        done = fresh_process(code)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
 

@@ -8,18 +8,28 @@ import json
 import numpy as np
 import pytest
 import torch
-from byte_model import byte_tokenizer, byte_tokens, save_byte_model
-from conftest import word_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import arb_hf
+from arb_hf import kernels
 from arb_hf.checkpoint import binary_modules
 from arb_hf.export import export_dense, export_gguf
 from arb_hf.export.gguf import decode_q1_0, encode_q1_0, why_not_q1_0
 from arb_hf.form import BinaryForm
 from arb_hf.nn import BinaryLinear
+from byte_model import byte_tokenizer, byte_tokens, save_byte_model
+from conftest import word_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.fixture(autouse=True)
+def exact_kernel(monkeypatch):
+    """Equality with dense weights is a matter of the reference kernel; the fast ones round more."""
+    monkeypatch.setenv(kernels.VARIABLE, "reference")
+    kernels.kernel_for.cache_clear()
+    yield
+    kernels.kernel_for.cache_clear()
 
 
 @pytest.fixture(scope="module")

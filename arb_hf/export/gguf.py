@@ -163,7 +163,10 @@ def _places(gguf: Any, architecture: str, model: PreTrainedModel) -> dict[str, s
 
 
 def _tensors(model: PreTrainedModel, decode: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the dense model by its usual name, float32; a head tied to the embedding is left out."""
+    """Every tensor of the dense model by its usual name, float32 (binary weights only with ``decode``; else packed).
+
+    A head tied to the embedding is left out.
+    """
     binary = binary_modules(model)
     for name, module in binary.items():
         yield f"{name}.weight", module.binary_weight().dequantize() if decode else module.packed["weight"]
