@@ -15,7 +15,8 @@ class Matrix:
     """A weight matrix of a decoder layer.
 
     ``name``: of its module (of an expert: as it will be called). ``layer``: which decoder layer. ``kept``: why it stays
-    in full precision, None if it is binarized. ``asked``: it is kept because the config says so.
+    in full precision, None if it is binarized. ``asked``: it is kept because the config says so. ``in_features``: its
+    inputs.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Matrix:
     weights: int
     kept: str | None = None
     asked: bool = False
+    in_features: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from .calibrate.offload import Placement, offload_folder
 from .calibrate.run import binarize_model
 from .checkpoint import check_files, check_values
 from .config import ArbConfig
@@ -26,9 +27,22 @@ class ArbHfQuantizer(HfQuantizer):
     quantization_config: ArbConfig
     _has_experts = False
 
+    def __init__(self, quantization_config: ArbConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.placement = Placement()
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             self.quantization_config.check_format_version()
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if self.pre_quantized:
+            return device_map
+        self.placement = Placement(device_map)
+        return self.placement.loading_map()
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        return max_memory if self.pre_quantized else self.placement.note_memory(max_memory)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -44,10 +58,13 @@ class ArbHfQuantizer(HfQuantizer):
         else:
             config = self.quantization_config
             skip = self.get_modules_to_not_convert(model, config.modules_to_not_convert, add_default_skips=True)
-            setattr(model, "arb_report", binarize_model(model, config, sorted(skip)))  # noqa: B010  (no such field in the class)
+            folder = offload_folder(model) or config.checkpoint_dir
+            report = binarize_model(model, config, sorted(skip), self.placement.execution_device())
+            setattr(model, "arb_report", report)  # noqa: B010  (no such field in the class)
             model.config.quantization_config = self.quantization_config = publishable(config, sorted(skip))
             # A packed model is saved under its modules' own names: a checkpoint's conversions are for dense weights.
             model._weight_conversions = []  # type: ignore[assignment]
+            self.placement.dispatch(model, folder)
         for module in model.modules():
             if isinstance(module, BinaryLinear):
                 module.requires_grad_(False)

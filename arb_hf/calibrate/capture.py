@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,8 +35,8 @@ class _Captured(Exception):
     """The last decoder layer was reached; the head need not run."""
 
 
-def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> list[LayerCalls]:
-    """Run everything before the decoder layers once and note what each layer is called with.
+def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> Iterator[LayerCalls]:
+    """Run everything before the decoder layers once per batch and give what each layer is called with.
 
     The layers themselves are passed over; the first of each class runs once, to see what it returns. Layers that the
     model does not call on text (cross-attention to images) have no entry in ``arguments``.
@@ -46,7 +47,6 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
     """
     device = next(model.get_input_embeddings().parameters()).device
     recorder = _Recorder(model, layers)
-    calls = []
     for batch in batches:
         recorder.start()
         with _replaced_forwards(layers, recorder):
@@ -57,8 +57,7 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
                 pass
         if recorder.hidden is None:
             raise ArbCalibrationError(f"{type(model).__name__} calls none of its decoder layers on text")
-        calls.append(LayerCalls(recorder.hidden, recorder.arguments, batch.attention_mask))
-    return calls
+        yield LayerCalls(recorder.hidden, recorder.arguments, batch.attention_mask)
 
 
 class _Recorder:
@@ -139,7 +138,8 @@ def _replaced_forwards(layers: nn.ModuleList, replacement: _Recorder) -> Iterato
 
 
 def run_layer(layer: nn.Module, call: LayerCalls, index: int) -> Tensor:
-    """The decoder layer's output hidden states for one batch."""
-    args, kwargs = call.arguments[index]
-    out = layer(call.hidden, *args, **kwargs)
+    """The decoder layer's output hidden states for one batch, on the layer's device."""
+    device = next(layer.parameters()).device
+    args, kwargs = send_to_device(call.arguments[index], device)
+    out = layer(call.hidden.to(device), *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out

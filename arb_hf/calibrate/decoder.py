@@ -107,7 +107,7 @@ def survey(
                 if pattern is not None:
                     reason = f"overrides has {pattern!r}: None"
                 elif is_skipped(full, skip):
-                    reason = "in modules_to_not_convert" if is_skipped(full, asked) else "head or tied to one"
+                    reason = "in modules_to_not_convert" if is_skipped(full, asked) else "tied weight or head"
                 elif why is not None:
                     reason = why
                 elif not plain:
@@ -117,7 +117,7 @@ def survey(
                 else:
                     reason = _too_narrow(*shape)
                 wish = pattern is not None or is_skipped(full, asked)
-                matrices.append(Matrix(full, index, shape[0] * shape[1], reason, wish))
+                matrices.append(Matrix(full, index, shape[0] * shape[1], reason, wish, shape[1]))
     _require_used(config, model, matrices)
     return Coverage(tuple(matrices), model.num_parameters() - sum(each.weights for each in matrices))
 

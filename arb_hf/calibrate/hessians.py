@@ -14,15 +14,18 @@ from ..errors import ArbCalibrationError
 from ..nn import BinaryExperts
 from .capture import LayerCalls, run_layer
 
-# Hessians held at a time; experts have one each, and a layer of them can have more than a machine holds.
-WAVE_BYTES = 8 << 30
 # An expert is shown the others' tokens until it has seen this many times its inputs.
 ENOUGH_TOKENS = 4
 
 
 @dataclass
 class Moment:
-    """A sum of X^T X in float32 ``[in, in]``, and the tokens in it."""
+    """A sum of X^T X ``[in, in]``, and the tokens in it.
+
+    Each X^T X is float32, their sum float64: in whatever order the batches come, alone or from several processes, it
+    is the same to the last bit of the float32 it ends as, but for one entry in many millions. Binarizing makes discrete
+    choices that would turn the last bits into other partitions.
+    """
 
     total: Tensor | None = None
     tokens: int = 0
@@ -31,8 +34,8 @@ class Moment:
         """Add the rows of X ``[tokens, in]``."""
         rows = rows.to(torch.float32)
         if self.total is None:
-            self.total = torch.zeros(rows.shape[-1], rows.shape[-1], device=rows.device)
-        self.total.addmm_(rows.T, rows)
+            self.total = torch.zeros(rows.shape[-1], rows.shape[-1], dtype=torch.float64, device=rows.device)
+        self.total += rows.T @ rows
         self.tokens += rows.shape[0]
 
 
@@ -74,20 +77,23 @@ class InputGroup:
         if self._missing and self.lent.total is not None:
             lent = self.lent.total * (self._missing / self.lent.tokens)
             total = lent if total is None else total + lent
-        return None if total is None else total * (2 / self.sequences)
+        return None if total is None else (total * (2 / self.sequences)).to(torch.float32)
 
     def release(self) -> None:
         """Free the sums; the counts stay."""
         self.own.total = self.lent.total = None
 
 
-def waves(linears: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
-    """The linears in parts whose Hessians take at most ``WAVE_BYTES`` together, if each had its own."""
+def waves(linears: dict[str, nn.Linear], budget: int) -> Iterator[dict[str, nn.Linear]]:
+    """The linears in parts whose Hessians take at most ``budget`` bytes together, if each had its own.
+
+    Experts have one each, and a layer of them can have more than a machine holds.
+    """
     wave: dict[str, nn.Linear] = {}
     size = 0
     for name, linear in linears.items():
-        more = 4 * linear.in_features**2
-        if wave and size + more > WAVE_BYTES:
+        more = torch.float64.itemsize * linear.in_features**2
+        if wave and size + more > budget:
             yield wave
             wave, size = {}, 0
         wave[name] = linear

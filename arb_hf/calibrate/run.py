@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import logging
@@ -9,6 +11,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,88 +19,169 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..binarize import BinaryWeight, SolveRecord, binarize_and_record
-from ..binarize.hessian import HessianFactor, factorize
+from .. import native
+from ..binarize import SolveRecord
 from ..config import ArbConfig
+from ..coverage import Coverage
 from ..errors import ArbCalibrationError
 from ..nn import BinaryLinear
 from ..nn.linears import expose_linears
 from ..report import ArbReport, MatrixRecord
 from .capture import LayerCalls, capture, run_layer
+from .checkpoint import LayerStore, changed_tensors, explained_stops, fingerprint, kept_digests
 from .data import Batch, load_batches
 from .decoder import find_decoder_layers, survey
-from .hessians import InputGroup, accumulate, waves
+from .distributed import Processes
+from .matrices import binarize_matrices, require_finite
+from .offload import fetch_outside, on_device
+from .plan import check_plan, make_plan, spool_folder
+from .spool import Spool, update_hidden
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
 
 
+@dataclass
+class Run:
+    """One run: what stays the same from decoder layer to decoder layer, and where they are kept.
+
+    Attributes:
+        prefix, layers: name and list of the decoder layers.
+        coverage: what is to be binarized.
+        device: where a decoder layer is while it is worked on.
+        store: finished layers, in the leading process of a run with ``checkpoint_dir``.
+        calls: this process's calibration batches, before the layer at work.
+    """
+
+    model: PreTrainedModel
+    config: ArbConfig
+    prefix: str
+    layers: nn.ModuleList
+    coverage: Coverage
+    device: torch.device
+    processes: Processes
+    clock: Stages
+    store: LayerStore | None = None
+    calls: list[LayerCalls] = field(default_factory=list)
+
+    def inner(self, index: int, name: str) -> str:
+        """A module's name within its decoder layer."""
+        return name.removeprefix(f"{self.prefix}.{index}.")
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """What is to be binarized in a decoder layer, by full name; stacked experts come apart."""
+        names = [each.name for each in self.coverage.matrices if each.kept is None and each.layer == index]
+        found = expose_linears(self.layers[index], [self.inner(index, name) for name in names], verify=True)
+        return {name: found[self.inner(index, name)] for name in names if self.inner(index, name) in found}
+
+    def how_to_resume(self) -> str:
+        if self.config.checkpoint_dir is None:
+            return "nothing is kept without checkpoint_dir"
+        count = f"{len(self.store.finished())} of {len(self.layers)}" if self.store else "the finished"
+        return (
+            f"{count} decoder layers are kept in {self.config.checkpoint_dir}; "
+            "run the same command again to continue from there"
+        )
+
+
 @torch.no_grad()
-def binarize_model(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -> ArbReport:
+def binarize_model(
+    model: PreTrainedModel, config: ArbConfig, skip: list[str], device: torch.device | None = None
+) -> ArbReport:
     """Binarize a model's decoder layers in place; ``config.modules`` then says what was binarized.
 
     Args:
-        model: a loaded causal language model in evaluation mode.
+        model: a loaded causal language model in evaluation mode, on the CPU or offloaded to disk.
         skip: names of modules that stay in full precision.
+        device: where each decoder layer is binarized; the CPU if None.
 
     Raises:
         ArbCalibrationError: unusable data or model; raised before the first forward pass wherever that can be known.
+            Also a folder of checkpoints that is in use, full, or another run's, and a process of this run that ended.
     """
     prefix, layers = find_decoder_layers(model)
     coverage = survey(model, prefix, layers, config, skip)
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
     coverage.require(config.minimum_coverage)
-    batches = _load_data(model, config)
-    report = ArbReport(
-        config=config.to_dict(),
-        model=model.name_or_path or type(model).__name__,
-        samples=sum(batch.input_ids.shape[0] for batch in batches),
-        tokens=sum(batch.tokens for batch in batches),
-        versions=_versions(),
-    )
-    modules: dict[str, dict[str, Any]] = {}
-    with _without_cache(model):
-        clock = _Stages(report)
-        with clock("capture"):
-            calls = capture(model, layers, batches)
-        coverage = coverage.keeping(
-            [each.name for each in coverage.matrices if each.layer not in calls[0].arguments],
-            "its layer is not called on text",
-        )
-        coverage.require(config.minimum_coverage)
-        layer_of = {each.name: each.layer for each in coverage.matrices if each.kept is None}
-        linears = expose_linears(model, layer_of, verify=True)
-        bar = transformers_logging.tqdm(total=len(calls[0].arguments), desc="Binarizing", unit="layer")
-        for index, layer in enumerate(layers):
-            if index not in calls[0].arguments:
-                continue
-            own = {name: linear for name, linear in linears.items() if layer_of[name] == index}
-            binary = _binarize_layer(layer, own, calls, index, config, clock)
-            done = []
-            for name, (weight, record, group) in binary.items():
-                kind = name.removeprefix(f"{prefix}.{index}.")
-                bits, borrowed = weight.form.bits(), group.borrowed
-                done.append(MatrixRecord(name, index, kind, *weight.shape, bits, record, group.tokens, borrowed))
-                modules[name] = config.module_entry(name, weight.form.salient_columns)
+    processes = Processes.join()
+    device = processes.device(device or torch.device("cpu"))
+    report = ArbReport(config.to_dict(), model.name_or_path or type(model).__name__, 0, 0, versions=_versions())
+    run = Run(model, config, prefix, layers, coverage, device, processes, Stages(report.stages))
+    with contextlib.ExitStack() as stack:
+        spool, batches = processes.together(lambda: _prepare(run, report, skip, stack))
+        stack.enter_context(explained_stops(run.how_to_resume))
+        stack.enter_context(_without_cache(model))
+        with run.clock("capture"):
+            fetch_outside(model, layers)
+            run.calls = [spool.keep(call) for call in capture(model, layers, batches)]
+        called = sorted(run.calls[0].arguments)
+        silent = [each.name for each in coverage.matrices if each.layer not in called]
+        run.coverage = coverage.keeping(silent, "its layer is not called on text")
+        run.coverage.require(config.minimum_coverage)
+        config.modules = {}
+        bar = stack.enter_context(_progress(len(called), processes))
+        for index in called:
+            start = time.perf_counter()
+            done = binarize_layer(run, index)
             report.matrices.extend(done)
             errors = [each.solve.output_error for each in done if each.solve.output_error is not None]
             mean = sum(errors) / max(len(errors), 1)
             bar.set_postfix_str(f"layer {index}, output error {mean:.4f}")
             bar.update()
-            logger.info("decoder layer %d of %d: mean output error %.4f", index + 1, len(layers), mean)
-        bar.close()
+            seconds = time.perf_counter() - start
+            logger.info("decoder layer %d of %d: mean output error %.4f, %.1f s", index + 1, len(layers), mean, seconds)
+            if index == called[0]:
+                logger.info("about %.1f minutes for the other layers", seconds * (len(called) - 1) / 60)
     if report.starved:
         logger.warning(
             "%d matrices of experts saw fewer tokens than they have inputs and borrowed from the others' tokens; "
             "more calibration text helps",
             len(report.starved),
         )
-    unused = [name for name in linears if name not in modules]
+    wanted = [each.name for each in run.coverage.matrices if each.kept is None]
+    unused = [name for name in wanted if name not in config.modules]
     if unused:
         logger.warning("kept, because their models never called them: %s", ", ".join(unused))
-    report.coverage = coverage.keeping(unused, "its model does not call it")
-    config.modules = modules
+    report.coverage = run.coverage.keeping(unused, "its model does not call it")
     return report
+
+
+def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.ExitStack) -> tuple[Spool, list[Batch]]:
+    """Everything that can refuse a run: data, sizes, the folder of checkpoints. Then this process's share."""
+    config, processes = run.config, run.processes
+    everything = _load_data(run.model, config)
+    batches = processes.share(everything)
+    report.samples = sum(batch.input_ids.shape[0] for batch in everything)
+    report.tokens = sum(batch.tokens for batch in everything)
+    if config.checkpoint_dir is not None and processes.leads:
+        layers = (run.prefix, run.layers)
+        identity = fingerprint(run.model, layers, everything, config, skip, _surroundings(run, report))
+        run.store = LayerStore(config.checkpoint_dir, identity)
+        stack.callback(run.store.close)
+    matrices = [each for each in run.coverage.matrices if each.kept is None]
+    plan = make_plan(run.model, matrices, batches, config, processes.count)
+    finished = 0 if run.store is None else len(run.store.finished()) / len(run.layers)
+    check_plan(plan, config, finished, processes.count, run.device)
+    if finished:
+        logger.info("resuming: %s", run.how_to_resume())
+    return Spool(plan.spool, spool_folder(config)), batches
+
+
+def _surroundings(run: Run, report: ArbReport) -> dict[str, Any]:
+    """What else than model, data and options decides the last bits: versions, hardware, threads, processes."""
+    device = run.device.type if run.device.type == "cpu" else torch.cuda.get_device_name(run.device)
+    machine = {
+        "device": device,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "C library": native.library() is not None,
+        "threads": torch.get_num_threads(),
+        "processes": run.processes.count,
+    }
+    return {"versions": report.versions, "machine": machine}
+
+
+def _progress(total: int, processes: Processes) -> Any:
+    return transformers_logging.tqdm(total=total, desc="Binarizing", unit="layer", disable=not processes.leads)
 
 
 def _load_data(model: PreTrainedModel, config: ArbConfig) -> list[Batch]:
@@ -129,17 +213,25 @@ def _versions() -> dict[str, str]:
     return found
 
 
-class _Stages:
-    """Adds the seconds of ``with clock(stage):`` to the report."""
+class Stages:
+    """Adds the seconds of ``with clock(stage):`` to a run's, and to those since :meth:`restart`."""
 
-    def __init__(self, report: ArbReport) -> None:
-        self.report = report
+    def __init__(self, total: dict[str, float]) -> None:
+        self.total = total
+        self.lap: dict[str, float] = {}
+
+    def restart(self) -> None:
+        self.lap = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.total[stage] = self.total.get(stage, 0.0) + seconds
+        self.lap[stage] = self.lap.get(stage, 0.0) + seconds
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.report.stages[stage] += time.perf_counter() - start
+        self.add(stage, time.perf_counter() - start)
 
 
 @contextmanager
@@ -152,64 +244,85 @@ def _without_cache(model: PreTrainedModel) -> Iterator[None]:
         model.config.get_text_config().use_cache = use_cache
 
 
-def _binarize_layer(
-    layer: nn.Module,
-    linears: dict[str, nn.Linear],
-    calls: list[LayerCalls],
-    index: int,
-    config: ArbConfig,
-    clock: _Stages,
-) -> dict[str, tuple[BinaryWeight, SolveRecord, InputGroup]]:
-    results = {}
-    for wave in waves(linears):
-        with clock("hessian"):
-            groups = accumulate(layer, wave, calls, index)
-        for group in groups:
-            with clock("binarize"):
-                results.update(_binarize_group(group, linears, config))
-    for name, (weight, _, _) in results.items():
-        # The next layer's inputs come through the binarized weights; dense for this one pass, decoded once.
-        linears[name].weight.data = weight.rounded().dequantize().to(linears[name].weight.dtype)
-    with clock("recompute"):
-        for call in calls:
-            call.hidden = run_layer(layer, call, index)
-            _require_finite(call.hidden, index)
-    for name, (weight, _, _) in results.items():
-        linear = linears[name]
-        replace_module(layer, linear, BinaryLinear.from_binary_weight(weight, linear.bias))
-    return {name: results[name] for name in linears if name in results}
+def binarize_layer(run: Run, index: int) -> list[MatrixRecord]:
+    """Bring one decoder layer to the device, binarize it (or take it from the store), and pass its outputs on."""
+    layer = run.layers[index]
+    with on_device(layer, run.device):
+        linears = run.linears(index)
+        stored = run.processes.from_leader(lambda: None if run.store is None else run.store.load(index), run.device)
+        if stored is None:
+            packed, records = _binarize(run, index, linears)
+        else:
+            packed, records = _restore(run, index, linears, *stored)
+        with run.clock("recompute"):
+            run.processes.together(lambda: _pass_on(run, index, linears, packed))
+    return records
 
 
-def _require_finite(hidden: Tensor, index: int) -> None:
-    if not torch.isfinite(hidden).all():
-        raise ArbCalibrationError(
-            f"decoder layer {index} gives NaN or infinite activations in {hidden.dtype}; "
-            "load the model with dtype=torch.float32 or torch.bfloat16"
-        )
+def _binarize(
+    run: Run, index: int, linears: dict[str, nn.Linear]
+) -> tuple[dict[str, BinaryLinear], list[MatrixRecord]]:
+    layer, config = run.layers[index], run.config
+    digests = kept_digests(layer, (run.inner(index, name) for name in linears)) if run.store else {}
+    run.clock.restart()
+    results = binarize_matrices(layer, linears, run.calls, index, config, run.processes, run.clock)
+    # Here every process has all results, and `layer` is still in full precision; its inputs are in `run.calls`.
+    packed: dict[str, BinaryLinear] = {}
+    records, modules = [], {}
+    for name in [name for name in linears if name in results]:
+        weight, solve, group = results.pop(name)
+        bits, kind = weight.form.bits(), run.inner(index, name)
+        packed[name] = BinaryLinear.from_binary_weight(weight, linears[name].bias)
+        records.append(MatrixRecord(name, index, kind, *weight.shape, bits, solve, group.tokens, group.borrowed))
+        modules[name] = config.module_entry(name, weight.form.salient_columns)
+    assert config.modules is not None
+    config.modules |= modules
+
+    def save() -> None:
+        if run.store is not None:
+            inside: dict[str, nn.Module] = {run.inner(index, name): each for name, each in packed.items()}
+            tensors = changed_tensors(layer, digests, inside)
+            matrices = [dataclasses.asdict(record) for record in records]
+            run.store.save(index, tensors, {"modules": modules, "matrices": matrices, "seconds": run.clock.lap})
+
+    run.processes.together(save, only_leader=True)
+    return packed, records
 
 
-def _binarize_group(
-    group: InputGroup, linears: dict[str, nn.Linear], config: ArbConfig
-) -> dict[str, tuple[BinaryWeight, SolveRecord, InputGroup]]:
-    hessian, first = group.hessian(), linears[group.names[0]].weight
-    factors: dict[float, HessianFactor] = {}
-    results = {}
-    for name in group.names:
-        options = config.options(name)
-        try:
-            if options.damping not in factors:
-                factors[options.damping] = factorize(hessian, first.shape[1], options.damping, first.device)
-            factor = factors[options.damping]
-            results[name] = *binarize_and_record(linears[name].weight, hessian, factor, options), group
-        except ArbCalibrationError as error:
-            raise ArbCalibrationError(f"{name}: {error}") from error
-        if factor.data_free:
-            why = "no calibration token reached it" if hessian is None else "its Hessian is not positive definite"
-            logger.warning("%s: binarized without data: %s", name, why)
-        elif factor.damping > options.damping:
-            logger.warning("%s: damping raised from %g to %g", name, options.damping, factor.damping)
-    group.release()
-    return results
+def _restore(
+    run: Run, index: int, linears: dict[str, nn.Linear], tensors: dict[str, Tensor], document: dict[str, Any]
+) -> tuple[dict[str, BinaryLinear], list[MatrixRecord]]:
+    """A stored layer: its packed modules, its records; other tensors that had changed are put into the layer."""
+    assert run.config.modules is not None
+    run.config.modules |= document["modules"]
+    packed = {}
+    for name in document["modules"]:
+        linear, start = linears[name], run.inner(index, name) + "."
+        form = run.config.form(name, linear.out_features, linear.in_features)
+        module = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        state = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+        module.load_state_dict(state, assign=True)
+        packed[name] = module.requires_grad_(False)
+    run.layers[index].load_state_dict(tensors, strict=False, assign=True)
+    for stage, seconds in document["seconds"].items():
+        run.clock.add(stage, seconds)
+    records = [MatrixRecord(**{**each, "solve": SolveRecord(**each["solve"])}) for each in document["matrices"]]
+    return packed, records
+
+
+def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[str, BinaryLinear]) -> None:
+    """The next layer's inputs come through the binary weights: dense for one pass, decoded once, then replaced."""
+    layer = run.layers[index]
+    for name, module in packed.items():
+        dense = module.binary_weight().dequantize(linears[name].weight.dtype)
+        # A new parameter: the loader may still hold the old one, and what is written into its data would stay.
+        linears[name].weight = nn.Parameter(dense, requires_grad=False)
+    for call in run.calls:
+        hidden = run_layer(layer, call, index)
+        require_finite(hidden, index)
+        update_hidden(call, hidden)
+    for name, module in packed.items():
+        replace_module(layer, linears[name], module)
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -1,0 +1,98 @@
+"""All matrices of one decoder layer: their Hessians, and their binary weights, on one process or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from ..binarize import binarize_and_record
+from ..binarize.hessian import HessianFactor, factorize
+from ..config import ArbConfig
+from ..errors import ArbCalibrationError
+from .capture import LayerCalls
+from .distributed import Processes, Results
+from .hessians import InputGroup, accumulate, waves
+from .plan import hessian_budget
+
+logger = logging.getLogger(__name__)
+
+
+def binarize_matrices(
+    layer: nn.Module,
+    linears: dict[str, nn.Linear],
+    calls: list[LayerCalls],
+    index: int,
+    config: ArbConfig,
+    processes: Processes,
+    clock: Callable[[str], AbstractContextManager],
+) -> Results:
+    """Binarize a decoder layer's linears from the inputs they get in it, as many Hessians at a time as memory allows.
+
+    Args:
+        layer: in full precision, on the execution device; not changed.
+        linears: by full name. One that the layer never calls is missing from the result.
+        calls: this process's batches.
+    """
+    device = next(layer.parameters()).device
+    budget = min(processes.gather(hessian_budget(device, processes.count)))
+    results: Results = {}
+    for wave in waves(linears, budget):
+        with clock("hessian"):
+            groups = processes.together(functools.partial(accumulate, layer, wave, calls, index))
+            groups = processes.sum_groups(groups, calls, device)
+        with clock("binarize"):
+            owners = processes.owners(groups, wave)
+            mine = functools.partial(_binarize_groups, groups, wave, config, owners, processes.rank)
+            results |= processes.exchange(mine, device)
+    return results
+
+
+def _binarize_groups(
+    groups: list[InputGroup], linears: dict[str, nn.Linear], config: ArbConfig, owners: dict[str, int], rank: int
+) -> Results:
+    results: Results = {}
+    while groups:  # each Hessian goes as soon as it has served
+        group = groups.pop(0)
+        names = [name for name in group.names if owners[name] == rank]
+        if names:
+            results |= binarize_group(dataclasses.replace(group, names=names), linears, config)
+        group.release()
+    return results
+
+
+def binarize_group(group: InputGroup, linears: dict[str, nn.Linear], config: ArbConfig) -> Results:
+    """Binarize linears that share an input, and so a Hessian and the factors of its inverse."""
+    hessian, first = group.hessian(), linears[group.names[0]].weight
+    group.release()
+    factors: dict[float, HessianFactor] = {}
+    results: Results = {}
+    for name in group.names:
+        options = config.options(name)
+        try:
+            if options.damping not in factors:
+                factors[options.damping] = factorize(hessian, first.shape[1], options.damping, first.device)
+            factor = factors[options.damping]
+            results[name] = *binarize_and_record(linears[name].weight, hessian, factor, options), group
+        except ArbCalibrationError as error:
+            raise ArbCalibrationError(f"{name}: {error}") from error
+        if factor.data_free:
+            why = "no calibration token reached it" if hessian is None else "its Hessian is not positive definite"
+            logger.warning("%s: binarized without data: %s", name, why)
+        elif factor.damping > options.damping:
+            logger.warning("%s: damping raised from %g to %g", name, options.damping, factor.damping)
+    return results
+
+
+def require_finite(hidden: torch.Tensor, index: int) -> None:
+    """Raise :class:`ArbCalibrationError` if a decoder layer's outputs are not finite."""
+    if not torch.isfinite(hidden).all():
+        raise ArbCalibrationError(
+            f"decoder layer {index} gives NaN or infinite activations in {hidden.dtype}; "
+            "load the model with dtype=torch.float32 or torch.bfloat16"
+        )

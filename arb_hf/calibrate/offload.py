@@ -1,0 +1,199 @@
+"""Where weights are: mapped or offloaded until their decoder layer's turn, over the user's devices once packed.
+
+A model that is binarized on the fly is loaded to the CPU whatever ``device_map`` says: there its weights stay views of
+the memory-mapped checkpoint (as long as the dtype is the checkpoint's) and cost no memory of their own. What an
+explicit map sends to ``"disk"`` stays with accelerate until it is fetched, for loads that must convert weights. The map
+itself is used once the model is packed, for the packed sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
+from accelerate.utils import get_balanced_memory, infer_auto_device_map, named_module_tensors
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+HOST = ("cpu", "disk")
+
+
+@dataclass
+class Placement:
+    """Where the user wants the packed model.
+
+    Attributes:
+        device_map: as given to ``from_pretrained``: a map, the name of a strategy (``"auto"``, ...), or None.
+        max_memory: bytes per device for a strategy, noted while transformers sizes the model.
+    """
+
+    device_map: dict[str, Any] | str | None = None
+    max_memory: dict[Any, Any] | None = None
+
+    def loading_map(self) -> dict[str, Any] | str | None:
+        """The map to load the full-precision model with: the CPU, and the disk where the user asks for it.
+
+        A strategy is returned as it is, so that transformers finds out ``max_memory``; :meth:`note_memory` then
+        leaves it no device but the CPU.
+        """
+        if not isinstance(self.device_map, dict):
+            return self.device_map
+        if "disk" not in self.device_map.values():
+            return {"": "cpu"}
+        return {name: "disk" if device == "disk" else "cpu" for name, device in self.device_map.items()}
+
+    def note_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Keep the devices' memory for the packed model and offer the loader only the CPU's, without limit."""
+        self.max_memory = max_memory
+        return {"cpu": sys.maxsize}
+
+    def execution_device(self) -> torch.device:
+        """Where decoder layers are binarized: the first accelerator named by the user or found, or the CPU."""
+        if isinstance(self.device_map, dict):
+            devices = list(self.device_map.values())
+        else:
+            devices = [device for device, size in (self.max_memory or {}).items() if size]
+        return next((_device(device) for device in devices if str(device) not in HOST), torch.device("cpu"))
+
+    def dispatch(self, model: PreTrainedModel, offload_folder: str | None = None) -> None:
+        """Put the packed model where the user's map, or one made for the packed sizes, says."""
+        device_map = self.device_map
+        if isinstance(device_map, str):
+            device_map = self._infer(model, device_map)
+        if device_map is None:
+            return
+        devices = set(map(str, device_map.values()))
+        if devices == {"cpu"}:
+            return
+        if len(devices) == 1 and "disk" not in devices:
+            nn.Module.to(model, _device(next(iter(device_map.values()))))
+            return
+        folder = None
+        if "disk" in devices:
+            # Always a fresh folder: accelerate would take a stale index in an old one for this model's.
+            folder = tempfile.mkdtemp(prefix="packed-", dir=offload_folder)
+            weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+            logger.info("packed weights on disk are in %s until the model is released", folder)
+        dispatch_model(
+            model,
+            device_map=device_map,
+            offload_dir=folder,
+            offload_buffers=True,
+            skip_keys=model._skip_keys_device_placement,
+        )
+        model.tie_weights()  # accelerate gives each of the tied names a placeholder of its own
+
+    def _infer(self, model: PreTrainedModel, strategy: str) -> dict[str, Any]:
+        unsplit = sorted(model._no_split_modules or ())
+        memory = self.max_memory
+        if strategy != "sequential":
+            low_zero = strategy == "balanced_low_0"
+            memory = get_balanced_memory(model, memory, no_split_module_classes=unsplit, low_zero=low_zero)
+        return infer_auto_device_map(model, memory, no_split_module_classes=unsplit)
+
+
+def _device(device: Any) -> torch.device:
+    if isinstance(device, int):
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if accelerator is None else accelerator.type, device)
+    return torch.device(device)
+
+
+def fetch(module: nn.Module) -> None:
+    """Give a module's own parameters back what accelerate keeps of them on disk, and take its hook off."""
+    for hook in _offload_hooks(module):
+        for name, tensor in list(named_module_tensors(module, include_buffers=hook.offload_buffers)):
+            if tensor.device.type == "meta" and name in hook.weights_map:
+                value = hook.weights_map[name]
+                if isinstance(tensor, nn.Parameter):
+                    value = nn.Parameter(value, requires_grad=False)
+                setattr(module, name, value)
+    remove_hook_from_module(module)
+
+
+def fetch_layer(layer: nn.Module) -> None:
+    """:func:`fetch` everything in a decoder layer."""
+    for module in list(layer.modules()):
+        fetch(module)
+
+
+def fetch_outside(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """:func:`fetch` everything but the decoder layers; weights that are tied stay so."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    if any(hasattr(module, "_hf_hook") for module in outside):
+        for module in outside:
+            fetch(module)
+        model.tie_weights()
+
+
+def stored_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Names of a module's parameters and how to read each, from disk where accelerate keeps it there."""
+    for child_name, child in module.named_modules(prefix=prefix):
+        maps = [hook.weights_map for hook in _offload_hooks(child)]
+        for name, parameter in child.named_parameters(recurse=False):
+            source = next((each for each in maps if parameter.device.type == "meta" and name in each), None)
+            full = f"{child_name}.{name}" if child_name else name
+            yield full, functools.partial(_read, parameter, source, name)
+
+
+def _read(parameter: nn.Parameter, source: Mapping[str, Tensor] | None, name: str) -> Tensor:
+    return parameter.data if source is None else source[name]
+
+
+def offload_folder(model: nn.Module) -> str | None:
+    """The folder the user gave accelerate for what is on disk, if any."""
+    for module in model.modules():
+        for hook in _offload_hooks(module):
+            folder = getattr(getattr(hook.weights_map, "dataset", None), "save_folder", None)
+            if folder is not None:
+                return str(folder)
+    return None
+
+
+def _offload_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    aligning = [each for each in hooks if isinstance(each, AlignDevicesHook)]
+    return [each for each in aligning if each.offload and each.weights_map is not None]
+
+
+@contextmanager
+def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """A decoder layer on the execution device; what it has become goes back to the CPU."""
+    fetch_layer(layer)
+    if device.type == "cpu":
+        yield
+    else:
+        layer.to(device)
+        yield
+        layer.to("cpu")
+    _return_freed_memory()
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+def _return_freed_memory() -> None:
+    """Give freed pages back to the system: glibc keeps those between the packed tensors of one layer and the next."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)

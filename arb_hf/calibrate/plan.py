@@ -1,0 +1,172 @@
+"""What a run will take, worked out and checked before the first forward pass."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from ..config import ArbConfig
+from ..coverage import Matrix
+from ..errors import ArbCalibrationError
+from ..form import BinaryForm
+from .data import Batch
+from .spool import memory_budget
+
+logger = logging.getLogger(__name__)
+HESSIAN_SHARE = 0.25  # of the free memory, for the Hessians that are summed in one pass
+FLOAT, DOUBLE = 4, 8  # bytes
+# Measured (examples/benchmarks/memory.py): factorizing holds this many matrices of a Hessian's size, binarizing this
+# many float32 copies of a weight and this many bytes per weight of what a whole layer has become.
+FACTOR_COPIES, SOLVE_COPIES, RESULT_BYTES = 4, 12, 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes.
+
+    Attributes:
+        layers, matrices, weights: counts of what is binarized.
+        model: the full-precision weights; memory-mapped, they take memory only while it is free.
+        packed: the packed weights, at most; they stay in memory, and in ``checkpoint_dir`` if there is one.
+        activations: one hidden state per calibration token of this process.
+        spooled: whether those go to a file.
+        working: what binarizing the largest decoder layer takes on its device, about.
+        checkpoint: still to be written to ``checkpoint_dir``, at most.
+    """
+
+    layers: int
+    matrices: int
+    weights: int
+    model: int
+    packed: int
+    activations: int
+    spooled: bool
+    working: int
+    checkpoint: int
+
+    def __str__(self) -> str:
+        where = "in a file" if self.spooled else "in memory"
+        return (
+            f"{self.matrices} matrices with {self.weights:,} weights in {self.layers} decoder layers; memory: "
+            f"{_size(self.working)} for one layer at work, up to {_size(self.packed)} for packed layers, calibration "
+            f"activations {_size(self.activations)} {where}; {_size(self.model)} of full-precision weights stay where "
+            f"they are; disk: up to {_size(self.checkpoint)} for checkpoints, {_size(self.spool)} for activations"
+        )
+
+    @property
+    def spool(self) -> int:
+        """Bytes of the activations' file."""
+        return self.activations if self.spooled else 0
+
+
+def make_plan(
+    model: PreTrainedModel, matrices: Sequence[Matrix], batches: Sequence[Batch], config: ArbConfig, processes: int
+) -> Plan:
+    """The plan of a run of which this process has ``batches``."""
+    tokens = sum(batch.input_ids.numel() + 64 for batch in batches)
+    embedding = next(iter(model.get_input_embeddings().parameters()))
+    hidden = getattr(model.config.get_text_config(), "hidden_size", embedding.shape[-1])
+    activations = int(tokens * hidden * model.dtype.itemsize)
+    packed = sum(_packed_bytes(matrix, config) for matrix in matrices)
+    layers: dict[int, list[Matrix]] = {}
+    for matrix in matrices:
+        layers.setdefault(matrix.layer, []).append(matrix)
+    return Plan(
+        layers=len(layers),
+        matrices=len(matrices),
+        weights=sum(matrix.weights for matrix in matrices),
+        model=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        packed=packed,
+        activations=activations,
+        spooled=activations > memory_budget(processes),
+        working=max(_working_bytes(layer, model.dtype.itemsize) for layer in layers.values()),
+        checkpoint=packed if config.checkpoint_dir else 0,
+    )
+
+
+def check_plan(plan: Plan, config: ArbConfig, finished: float, processes: int, device: torch.device) -> None:
+    """Say what the run takes, and refuse what cannot work.
+
+    Args:
+        finished: the share of the decoder layers that is stored already.
+
+    Raises:
+        ArbCalibrationError: a disk is too small for checkpoints and activations.
+    """
+    logger.info("binarizing %s", plan)
+    need: dict[int, tuple[Path, int]] = {}  # by disk; every process may have its file on the same one
+    checkpoint = int(plan.checkpoint * (1 - finished))
+    for folder, size in ((config.checkpoint_dir, checkpoint), (spool_folder(config), plan.spool * processes)):
+        if size and folder is not None:
+            place = _existing(folder)
+            before = need.get(place.stat().st_dev, (place, 0))[1]
+            need[place.stat().st_dev] = (place, before + size)
+    for place, size in need.values():
+        free = shutil.disk_usage(place).free
+        if size > free:
+            raise ArbCalibrationError(
+                f"the disk of {place} has {_size(free)} free, the run needs up to {_size(size)} there "
+                "(checkpoints of packed layers and calibration activations): free some, set checkpoint_dir to a larger "
+                "disk, or lower num_samples"
+            )
+    memory = plan.packed + plan.activations - plan.spool + (plan.working if device.type == "cpu" else 0)
+    available = psutil.virtual_memory().available // processes
+    if memory > available:
+        logger.warning("binarizing takes about %s of memory, %s is available", _size(memory), _size(available))
+    if device.type == "cuda" and plan.working > torch.cuda.mem_get_info(device)[0]:
+        logger.warning("a decoder layer takes about %s on %s, more than is free there", _size(plan.working), device)
+
+
+def hessian_budget(device: torch.device, processes: int) -> int:
+    """Bytes of Hessians to sum in one pass over the calibration batches."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * HESSIAN_SHARE)
+    return int(psutil.virtual_memory().available * HESSIAN_SHARE / processes)
+
+
+def spool_folder(config: ArbConfig) -> str:
+    """Where the activations' file goes."""
+    return config.checkpoint_dir or tempfile.gettempdir()
+
+
+def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
+    """At most: with every salient column that the options allow."""
+    options = config.options(matrix.name)
+    starts = range(0, matrix.in_features, options.block_size)
+    widths = [min(options.block_size, matrix.in_features - start) for start in starts]
+    form = BinaryForm(
+        out_features=matrix.weights // matrix.in_features,
+        in_features=matrix.in_features,
+        salient_columns=sum(min(options.max_salient_columns, width) for width in widths),
+        block_size=options.block_size,
+        groups=2 if options.group_bitmap else 1,
+        salient_groups=2 if options.group_bitmap and options.column_group_bitmap else 1,
+        has_column_scales=options.has_column_scales,
+        scale_dtype=options.scale_dtype,
+    )
+    return form.bits() // 8
+
+
+def _working_bytes(layer: list[Matrix], itemsize: int) -> int:
+    inputs = {matrix.in_features for matrix in layer}
+    weights = sum(matrix.weights for matrix in layer)
+    hessians = DOUBLE * sum(size**2 for size in inputs) + FLOAT * FACTOR_COPIES * max(inputs) ** 2
+    return hessians + weights * (itemsize + RESULT_BYTES) + SOLVE_COPIES * FLOAT * max(each.weights for each in layer)
+
+
+def _existing(folder: str | os.PathLike) -> Path:
+    path = Path(folder).absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
