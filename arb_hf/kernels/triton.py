@@ -163,7 +163,7 @@ def _decode_word(
                     total += tl.where(second, part, -part)
             if not BY_COLUMN:
                 total += _row_parameter(row_parameters, row_absmax, block, SCALES + GROUPS + group, row, rows, SLOTS)
-            if group == 0:
+            if group == 0:  # noqa: SIM108  (what Triton compiles)
                 chosen = total
             else:
                 chosen = tl.where(_bits(salient_groups, number, row, rows, salient), total, chosen)
