@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, fresh_process, llama, token_samples
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear, survey
 from arb_hf.nn import BinaryExperts, BinaryLinear
+from conftest import VOCABULARY, fresh_process, llama, token_samples
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "families.py"
 _spec = importlib.util.spec_from_file_location("families", SCRIPT)

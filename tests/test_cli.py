@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from byte_model import save_byte_model
-from conftest import fresh_process, words
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf.light import headers
 from arb_hf.light.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser, main
 from arb_hf.report import ArbReport
+from byte_model import save_byte_model
+from conftest import fresh_process, words
 
 OUTSIDE = Path(arb_hf.__file__).parent / "outside"
 ITEM = {"query": "Water is", "choices": ["wet", "a stone"], "gold": 0}

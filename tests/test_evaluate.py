@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from byte_model import byte_tokenizer, byte_tokens, save_byte_model
-from conftest import fresh_process
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf.evaluate import evaluation_windows, multiple_choice, perplexity
+from byte_model import byte_tokenizer, byte_tokens, save_byte_model
+from conftest import fresh_process
 
 ITEMS = [
     {"query": "Question: What is wet?\nAnswer:", "choices": ["water", "a stone", "fire"], "gold": 0},

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from byte_model import save_byte_model
-from conftest import words
 
 import arb_hf
+from byte_model import save_byte_model
+from conftest import words
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 EXAMPLES = Path(__file__).parents[1] / "examples"

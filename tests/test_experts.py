@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, token_samples
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
@@ -20,6 +19,7 @@ from arb_hf.checkpoint import binary_modules
 from arb_hf.nn import BinaryExperts, BinaryLinear
 from arb_hf.nn.experts import find_stacks
 from arb_hf.nn.linears import expose_linears
+from conftest import VOCABULARY, token_samples
 
 WIDTH, INNER, EXPERTS = 64, 40, 6
 SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_local_experts": EXPERTS}

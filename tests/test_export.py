@@ -8,8 +8,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from byte_model import byte_tokenizer, byte_tokens, save_byte_model
-from conftest import word_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import arb_hf
@@ -19,6 +17,8 @@ from arb_hf.export import export_dense, export_gguf
 from arb_hf.export.gguf import decode_q1_0, encode_q1_0, why_not_q1_0
 from arb_hf.form import BinaryForm
 from arb_hf.nn import BinaryLinear
+from byte_model import byte_tokenizer, byte_tokens, save_byte_model
+from conftest import word_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from byte_model import byte_tokens, save_byte_model
 from huggingface_hub import ModelCard
-from loopback_hub import CUT, READER, WRITER, Fault, LoopbackHub, check_metadata
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
 from arb_hf.card import MARKER, is_hub_id, model_card
 from arb_hf.report import ArbReport, Measurement
+from byte_model import byte_tokens, save_byte_model
+from loopback_hub import CUT, READER, WRITER, Fault, LoopbackHub, check_metadata
 
 BASE_CARD = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# The original\n"
 

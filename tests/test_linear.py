@@ -8,7 +8,6 @@ from torch import nn
 
 from arb_hf import kernels
 from arb_hf.binarize import BinarizeOptions, binarize_weight
-
 from arb_hf.kernels import OPTIONAL, REQUIRED
 from arb_hf.nn import BinaryLinear
 

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from byte_model import byte_tokens, save_byte_model
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf import kernels
+from byte_model import byte_tokens, save_byte_model
 
 pytest.importorskip("peft")
 lora = pytest.importorskip("arb_hf.lora")

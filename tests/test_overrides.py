@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import fresh_process, token_samples
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.overrides import covers, select
+from conftest import fresh_process, token_samples
 
 FAST = {"dataset": token_samples(4, 32), "iterations": 2, "block_size": 64}
 

@@ -3,16 +3,16 @@
 import functools
 
 import numpy as np
-import plain_search as plain
 import pytest
 import torch
-from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import arb_hf.native
+import plain_search as plain
 from arb_hf.binarize import native, partition, search
 from arb_hf.binarize.hessian import factorize
+from conftest import DATA
 
 HAS_LIBRARY = arb_hf.native.library() is not None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the C library is not built")

@@ -187,9 +187,11 @@ def test_any_shape_packs_and_runs(n, m):
     for options, scale_dtype in itertools.product(FORMS, ("float16", "int8")):
         options = BinarizeOptions(refinement="full", scale_dtype=scale_dtype, **options.values[0])
         full = binarize_weight(weight, hessian, options)
+        layer, stored = BinaryLinear.from_binary_weight(full), full.rounded().dequantize()
+        assert torch.equal(layer.binary_weight().dequantize(), stored)
         x = torch.randn(3, m, generator=torch.Generator().manual_seed(1))
-        expected = x @ full.rounded().dequantize().T
-        torch.testing.assert_close(BinaryLinear.from_binary_weight(full)(x), expected, rtol=1e-4, atol=1e-4)
+        expected = x @ stored.T
+        assert (layer(x) - expected).norm() <= 1e-3 * expected.norm()  # what the kernels promise
 
 
 def test_without_data_and_with_dead_columns():

@@ -32,7 +32,8 @@ for number, form in enumerate(FORMS):
             torch.testing.assert_close(triton.linear(x, tensors, weight.form), reference.linear(x, tensors, weight.form), **limits)
             got = triton.linear_transposed(gradient, tensors, weight.form)
             torch.testing.assert_close(got, reference.linear_transposed(gradient, tensors, weight.form), **limits)
-    assert triton.linear(activations(0, m), tensors, weight.form).shape == (0, n)
+    empty = activations(0, weight.form.in_features)
+    assert triton.linear(empty, tensors, weight.form).shape == (0, weight.form.out_features)
 print("agreed")
 """
 
@@ -69,7 +70,7 @@ for kernel in (kernels.vector_kernel, kernels.matrix_kernel, kernels.transposed_
 
 
 def run(code: str, *arguments: str, **environment: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), **environment}
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

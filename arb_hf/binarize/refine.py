@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..form import BinaryForm
-from .hessian import HessianFactor
 from .weight import decode_columns, decode_rows, encode_columns, encode_rows
 
 # Steps of least squares are drawn to the scales they start from by this fraction of the mean curvature: a scale that
@@ -277,19 +276,3 @@ def exact_compensation(difference: Tensor, upper: Tensor, coupling: Tensor) -> T
         ``[rest, n]``, to be subtracted from the later columns.
     """
     return coupling.T @ torch.linalg.solve_triangular(upper.T, difference, upper=False)
-
-
-def aimed_weight(weight: Tensor, hessian: Tensor, cross: Tensor, factor: HessianFactor) -> Tensor:
-    """The weight W' to binarize instead of W, so that a layer makes up for the errors before it: it brings
-    ``X W'^T`` nearest to ``X_full W^T``, damped towards W.
-
-    Args:
-        weight: W ``[n, m]``.
-        hessian: ``(2 / N) sum X^T X`` over the binarized model's inputs.
-        cross: ``(2 / N) sum X^T X_full``, the full-precision model's inputs on the right.
-        factor: of the damped Hessian; without data the weight stays as it is.
-    """
-    if factor.data_free:
-        return weight
-    upper = factor.upper
-    return weight + (weight @ (cross - hessian).T) @ upper.T @ upper

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
