@@ -3,7 +3,7 @@
     python examples/benchmarks/memory.py [--quick] [--depths 8 16 32] [--hidden 1024] [--large]
 
 Random LLaMA-shaped bfloat16 checkpoints are written layer by layer to a temporary folder, and each is binarized in a
-fresh process whose anonymous and file-backed resident memory (RssAnon, RssFile in /proc) is sampled from outside. The
+fresh process whose anonymous and file-backed resident memory (RssAnon, RssFile in /proc) is sampled from outside. Its
 full-precision weights are mapped from the checkpoint: they count as file-backed, and the system may drop them at any
 time. What must grow with depth is the packed layers only: the slope of the peak is printed beside their size. ``--large``
 adds a checkpoint of 1.1 billion parameters (2.2 GB, the shape of TinyLlama). Linux only.
