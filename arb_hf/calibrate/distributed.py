@@ -155,7 +155,9 @@ class Processes:
         if self.count == 1:
             return binarize()
         mine = self.together(binarize)
-        described: list[dict[str, Any]] = self.gather({name: (_described(weight), *about) for name, (weight, *about) in mine.items()})
+        described: list[dict[str, Any]] = self.gather(
+            {name: (_described(weight), *about) for name, (weight, *about) in mine.items()}
+        )
         everything: Results = {}
         for rank, theirs in enumerate(described):
             for name, (description, record, group) in theirs.items():
