@@ -121,8 +121,9 @@ def compare(args: argparse.Namespace) -> Said:
     elif args.plot:
         raise ValueError(f"{names[0 if first is None else 1]} has no {REPORT_FILE} to draw")
     width = max(len(label) for label, _, _ in rows) + 2
-    cells = [f"{'':<{width}}{Path(args.a).name:>18}{Path(args.b).name:>18}"]
-    cells += [f"{label:<{width}}{_cell(a):>18}{_cell(b):>18}" for label, a, b in rows]
+    short = [Path(name).name for name in names]
+    column = max(16, *map(len, short)) + 2
+    cells = [f"{label:<{width}}{_cell(a):>{column}}{_cell(b):>{column}}" for label, a, b in [("", *short), *rows]]
     return {"models": list(names), "rows": [list(row) for row in rows]}, "\n".join(cells)
 
 

@@ -257,7 +257,7 @@ def plot_comparison(reports: Mapping[str, ArbReport], path: str | os.PathLike) -
             width,
         )
     layers.set(xlabel="decoder layer", ylabel="mean relative output error")
-    layers.legend(fontsize="small")
+    layers.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1))
     kinds.set(ylabel="mean relative output error")
     kinds.set_xticks([position + 0.4 - width / 2 for position in range(len(names))], names, fontsize="small")
     for axes in (layers, kinds):

@@ -84,6 +84,8 @@ def main() -> None:
     start = time.perf_counter()
     config = ArbConfig(
         method="arb-rc",
+        refinement="full",
+        scale_dtype="int8",
         dataset=str(HERE / "data" / "wikitext2.calibration.raw"),
         num_samples=samples,
         sequence_length=512,
@@ -92,10 +94,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
     seconds = time.perf_counter() - start
     after = perplexity(model, tokenizer, **text)
+    model.to(torch.bfloat16)  # embeddings and norms; packed scales stay as they are
     print(f"\n{model.arb_report.table()}\n\n{arb_hf.summary(model)}\n")
     print(f"Binarized in {seconds:.0f} s. Perplexity on held-out text: {before:.1f} before, {after:.1f} after.")
 
-    model.to(torch.bfloat16).save_pretrained(arguments.out)  # embeddings and norms; packed scales stay as they are
+    model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     print(f"On disk: {size_of(source):.1f} MB before (bfloat16), {size_of(arguments.out):.1f} MB after.")
     print("Reloading in a new process ...", flush=True)

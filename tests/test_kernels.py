@@ -32,7 +32,12 @@ needs_library = pytest.mark.skipif(native.library() is None, reason="the C libra
 
 
 def random_weight(
-    shape: tuple[int, int], block: int, form: tuple[int, int, bool], dtype: str = "float16", seed: int = 0, most: int = 25
+    shape: tuple[int, int],
+    block: int,
+    form: tuple[int, int, bool],
+    dtype: str = "float16",
+    seed: int = 0,
+    most: int = 25,
 ) -> BinaryWeight:
     """A weight with random bits and scales and 0 to ``most`` salient columns in each block."""
     (n, m), (groups, salient_groups, by_column) = shape, form
@@ -99,7 +104,9 @@ class TestCpu:
             )
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
-    def test_tiles_are_the_dense_weight(self, isa: str, form: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_tiles_are_the_dense_weight(
+        self, isa: str, form: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(cpu, "TILE_ROWS", 32)
         monkeypatch.setattr(cpu, "TABLE_TOKENS", 0)
         for seed, (n, m, block) in enumerate(SHAPES):
@@ -116,7 +123,9 @@ class TestCpu:
             weight = random_weight((n, m), block, form, seed=seed)
             tensors, gradient = pack(weight), activations(3, n)
             result = cpu.linear_transposed(gradient, tensors, weight.form)
-            torch.testing.assert_close(result, reference.linear_transposed(gradient, tensors, weight.form), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                result, reference.linear_transposed(gradient, tensors, weight.form), rtol=1e-4, atol=1e-5
+            )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     @pytest.mark.parametrize("tokens", [0, 1, 4, cpu.TABLE_TOKENS, cpu.TABLE_TOKENS + 1])
@@ -215,7 +224,11 @@ class TestShortcut:
             assert kernels.shortcut_for(x)
 
     def test_new_tensors_are_seen(self) -> None:
-        layer, other, x = self.layer(), BinaryLinear.from_binary_weight(random_weight((33, 300), 128, (2, 2, True), seed=0)), activations(1, 300)
+        layer, other, x = (
+            self.layer(),
+            BinaryLinear.from_binary_weight(random_weight((33, 300), 128, (2, 2, True), seed=0)),
+            activations(1, 300),
+        )
         before = layer(x)
         other.row_parameters.mul_(2)
         layer.load_state_dict(other.state_dict())
@@ -252,7 +265,10 @@ class TestOperator:
 
     def test_gradient_of_the_activations(self) -> None:
         weight = random_weight((20, 140), 64, (2, 2, True))
-        layer, x = BinaryLinear.from_binary_weight(weight, bias=activations(20)), activations(2, 5, 140).requires_grad_()
+        layer, x = (
+            BinaryLinear.from_binary_weight(weight, bias=activations(20)),
+            activations(2, 5, 140).requires_grad_(),
+        )
         upstream = activations(2, 5, 20)
         layer(x).backward(upstream)
         torch.testing.assert_close(x.grad, upstream @ weight.rounded().dequantize(), rtol=1e-4, atol=1e-4)
@@ -292,7 +308,10 @@ class TestChoice:
 
     @pytest.mark.parametrize(
         ("value", "message"),
-        [("fastest", "it can be auto, reference, cpu, triton"), ("triton", "runs on a GPU; these tensors are on the CPU")],
+        [
+            ("fastest", "it can be auto, reference, cpu, triton"),
+            ("triton", "runs on a GPU; these tensors are on the CPU"),
+        ],
     )
     def test_what_is_not_there_is_an_error(self, value: str, message: str) -> None:
         done = run(self.CODE, ARB_HF_KERNEL=value, TRITON_INTERPRET="0")

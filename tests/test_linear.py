@@ -54,7 +54,9 @@ def test_any_dtype_and_leading_shape(dtype, shape):
     assert out.dtype == dtype
     assert out.shape == (*shape[:-1], 37)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out.float(), nn.functional.linear(x.float(), weight), rtol=tolerance, atol=tolerance * 10)
+    torch.testing.assert_close(
+        out.float(), nn.functional.linear(x.float(), weight), rtol=tolerance, atol=tolerance * 10
+    )
 
 
 def test_non_contiguous_input():

@@ -15,6 +15,8 @@ from arb_hf.calibrate.capture import LayerCalls
 from arb_hf.calibrate.offload import Placement
 from conftest import token_samples
 
+# transformers says so whenever an offloaded model is saved.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
 IDS = token_samples(1, 12, seed=5)[0][None]
 LAYERS_ON_DISK = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
 

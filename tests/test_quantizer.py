@@ -245,7 +245,10 @@ Q = "model.layers.0.self_attn.q_proj"
     ("damage", "message"),
     [
         (lambda t: t.pop(f"{Q}.second_plane"), f"tensor {Q}.second_plane is missing"),
-        (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].contiguous()}), rf"tensor {Q}\.weight is I32 \[2, 96\]"),
+        (
+            lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].contiguous()}),
+            rf"tensor {Q}\.weight is I32 \[2, 96\]",
+        ),
         (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].float()}), rf"tensor {Q}\.weight is F32"),
         (lambda t: t.update({f"{Q}.extra": t[f"{Q}.weight"].clone()}), rf"surplus tensor {Q}\.extra"),
         (lambda t: t[f"{Q}.row_parameters"].fill_(float("nan")), rf"{Q}\.row_parameters holds NaN"),

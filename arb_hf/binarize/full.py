@@ -44,7 +44,7 @@ def binarize_full(
     wanted = weight.clone()
     wanted[:, factor.dead] = 0
     salient = choose_salient_columns(wanted, factor, options)
-    form = options.form(*weight.shape, int(salient.sum()))
+    form = options.form(weight.shape[0], weight.shape[1], int(salient.sum()))
     curvature = _curvature(hessian, factor)
     wanted = wanted.T.contiguous()
     dense = torch.empty_like(wanted)

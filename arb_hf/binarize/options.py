@@ -31,7 +31,11 @@ class BinarizeOptions:
     @classmethod
     def of(cls, config: Any) -> BinarizeOptions:
         """The options among a config's attributes (an :class:`arb_hf.ArbConfig`, or options already)."""
-        return config if isinstance(config, cls) else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+        return (
+            config
+            if isinstance(config, cls)
+            else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+        )
 
     @property
     def has_column_scales(self) -> bool:

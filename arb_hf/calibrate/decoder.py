@@ -107,7 +107,7 @@ def survey(
                 if pattern is not None:
                     reason = f"overrides has {pattern!r}: None"
                 elif is_skipped(full, skip):
-                    reason = "in modules_to_not_convert" if is_skipped(full, asked) else "head or tied to one"
+                    reason = "in modules_to_not_convert" if is_skipped(full, asked) else "tied weight or head"
                 elif why is not None:
                     reason = why
                 elif not plain:

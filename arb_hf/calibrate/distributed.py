@@ -155,8 +155,8 @@ class Processes:
         if self.count == 1:
             return binarize()
         mine = self.together(binarize)
-        described = self.gather(
-            {name: (_described(weight), record, group) for name, (weight, record, group) in mine.items()}
+        described: list[dict[str, Any]] = self.gather(
+            {name: (_described(weight), *about) for name, (weight, *about) in mine.items()}
         )
         everything: Results = {}
         for rank, theirs in enumerate(described):

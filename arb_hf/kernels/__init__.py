@@ -36,7 +36,14 @@ _SCHEMA = (
     + "int in_features, int salient_count, int block_size) -> Tensor"
 )
 # Row-parameter slots name the form: (slots, column scales?) -> (groups, salient groups).
-_GROUPS = {(3, True): (1, 1), (4, True): (2, 1), (6, True): (2, 2), (5, False): (1, 1), (7, False): (2, 1), (10, False): (2, 2)}
+_GROUPS = {
+    (3, True): (1, 1),
+    (4, True): (2, 1),
+    (6, True): (2, 2),
+    (5, False): (1, 1),
+    (7, False): (2, 1),
+    (10, False): (2, 2),
+}
 _SCALE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
 
 _library = torch.library.Library(NAMESPACE, "DEF")

@@ -76,7 +76,9 @@ def _describe(tensors: dict[str, Tensor], form: BinaryForm) -> tuple[Layer, list
 
 def _check(status: int, form: BinaryForm) -> None:
     if status == -2:
-        raise ArbFormatError(f"salient_columns does not have the {form.salient_columns} bits set that the other tensors are sized for")
+        raise ArbFormatError(
+            f"salient_columns does not have the {form.salient_columns} bits set that the other tensors are sized for"
+        )
     if status:
         raise MemoryError("out of memory in the binary matmul")
 

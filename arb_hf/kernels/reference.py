@@ -59,10 +59,14 @@ def _decode(
         return None if columns is None else columns[position, where]
 
     dense = torch.empty(first.shape, dtype=torch.float32, device=first.device)
-    ordinary = [term(first[:, ~salient], ~salient, g, column(g, ~salient), form.mean_slot(g)) for g in range(form.groups)]
+    ordinary = [
+        term(first[:, ~salient], ~salient, g, column(g, ~salient), form.mean_slot(g)) for g in range(form.groups)
+    ]
     dense[:, ~salient] = ordinary[0] if large is None else torch.where(large, ordinary[1], ordinary[0])
     chosen = [
-        term(first[:, salient], salient, form.salient_scale_slot(g, 0), column(2 * g, salient), form.salient_mean_slot(g))
+        term(
+            first[:, salient], salient, form.salient_scale_slot(g, 0), column(2 * g, salient), form.salient_mean_slot(g)
+        )
         + term(second_sign, salient, form.salient_scale_slot(g, 1), column(2 * g + 1, salient), None)
         for g in range(form.salient_groups)
     ]

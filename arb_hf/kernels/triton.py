@@ -27,7 +27,14 @@ _VECTOR_CONFIGS = [
 ][:_KEEP]
 _MATRIX_CONFIGS = [
     triton.Config({"TOKENS": tokens, "ROWS": rows}, num_warps=warps, num_stages=stages)
-    for tokens, rows, warps, stages in ((32, 64, 4, 2), (16, 64, 4, 3), (64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2))
+    for tokens, rows, warps, stages in (
+        (32, 64, 4, 2),
+        (16, 64, 4, 3),
+        (64, 64, 4, 3),
+        (64, 128, 8, 3),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    )
 ][:_KEEP]
 
 
@@ -76,7 +83,9 @@ def _column_scale(scales, at, mask, EIGHT_BITS: tl.constexpr):
 def _bits(plane, position, row, rows, mask):
     """bool ``[32, ROWS]``: bits of a plane at any stored positions."""
     word = tl.load(
-        plane + (position // 32).to(tl.int64)[:, None] * rows + row[None, :], mask=mask[:, None] & (row < rows)[None, :], other=0
+        plane + (position // 32).to(tl.int64)[:, None] * rows + row[None, :],
+        mask=mask[:, None] & (row < rows)[None, :],
+        other=0,
     )
     return ((word >> (position % 32)[:, None]) & 1) == 1
 
@@ -126,7 +135,9 @@ def _decode_word(
         if BY_COLUMN:
             large = large * _column_scale(column_scales + columns, position, inside, EIGHT_BITS)
         else:
-            mean = tl.where(second, _row_parameter(row_parameters, row_absmax, block, SCALES + 1, row, rows, SLOTS), mean)
+            mean = tl.where(
+                second, _row_parameter(row_parameters, row_absmax, block, SCALES + 1, row, rows, SLOTS), mean
+            )
         value = tl.where(second, large, value)
     value = tl.where(negative, -value, value) + mean
     number = tl.load(counts + block) + position - block * BLOCK
@@ -152,7 +163,7 @@ def _decode_word(
                     total += tl.where(second, part, -part)
             if not BY_COLUMN:
                 total += _row_parameter(row_parameters, row_absmax, block, SCALES + GROUPS + group, row, rows, SLOTS)
-            if group == 0:
+            if group == 0:  # noqa: SIM108  (what Triton compiles)
                 chosen = total
             else:
                 chosen = tl.where(_bits(salient_groups, number, row, rows, salient), total, chosen)
@@ -181,7 +192,9 @@ def vector_kernel(
         )  # fmt: skip
         stored = word * 32 + tl.arange(0, 32)
         column = tl.load(order + stored, mask=stored < columns, other=0)
-        values = tl.load(x + tl.cast(token, tl.int64) * columns + column, mask=stored < columns, other=0.0).to(tl.float32)
+        values = tl.load(x + tl.cast(token, tl.int64) * columns + column, mask=stored < columns, other=0.0).to(
+            tl.float32
+        )
         total += tl.sum(dense * values[:, None], axis=0)
     at = tl.cast(tl.program_id(2) * tokens + token, tl.int64) * rows + row
     tl.store(y + at, total, mask=row < rows)
@@ -244,9 +257,13 @@ def _arguments(tensors: dict[str, Tensor], form: BinaryForm, tokens: int) -> tup
     order = torch.empty(form.in_features, dtype=torch.int32, device=device)
     counts = torch.empty(2 * form.blocks, dtype=torch.int32, device=device)
     padded = triton.next_power_of_2(form.block_size)
-    _order_kernel[(form.blocks,)](tensors["salient_columns"], order, counts, form.in_features, BLOCK=form.block_size, PADDED=padded)
+    _order_kernel[(form.blocks,)](
+        tensors["salient_columns"], order, counts, form.in_features, BLOCK=form.block_size, PADDED=padded
+    )
     packed = [tensors[name].contiguous() for name in ("weight", "second_plane", "row_parameters")]
-    optional = [tensors.get(name) for name in ("salient_groups", "row_absmax", "column_scales", "salient_column_scales")]
+    optional = [
+        tensors.get(name) for name in ("salient_groups", "row_absmax", "column_scales", "salient_column_scales")
+    ]
     optional = [None if tensor is None else tensor.contiguous() for tensor in optional]
     sizes = form.out_features, form.in_features, form.salient_columns, form.blocks, tokens
     constants = {"BLOCK": form.block_size, "GROUPS": form.groups, "SALIENT_GROUPS": form.salient_groups}
@@ -265,7 +282,9 @@ def linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
         vector_kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]), tokens, splits)](x, parts, *arguments, **constants)
         return parts.sum(0).to(x.dtype)
     y = x.new_empty(tokens, n)
-    matrix_kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]), triton.cdiv(tokens, meta["TOKENS"]))](x, y, *arguments, **constants)
+    matrix_kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]), triton.cdiv(tokens, meta["TOKENS"]))](
+        x, y, *arguments, **constants
+    )
     return y
 
 

@@ -172,7 +172,7 @@ COMMANDS: dict[str, tuple[str, str, Add]] = {
         "make a model binary, and write it with its record and model card",
         "  arb-hf quantize HuggingFaceTB/SmolLM2-135M-Instruct ./smol-arb\n"
         "  arb-hf quantize ./model ./model-arb --dataset my_text.jsonl --num-samples 64 --evaluate wikitext2\n"
-        "  accelerate launch -m arb_hf quantize ./model ./model-arb --checkpoint-dir ./work",
+        "  accelerate launch -m arb_hf quantize ./model ./model-arb --checkpoint-dir ./resume",
         _quantize,
     ),
     "evaluate": (

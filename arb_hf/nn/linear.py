@@ -43,7 +43,9 @@ class BinaryLinear(nn.Module):
         self._shortcut = Shortcut(form)
         for name, (shape, kind) in form.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
-        self.register_parameter("bias", _frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter(
+            "bias", _frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None
+        )
 
     @classmethod
     def from_binary_weight(cls, binary_weight: BinaryWeight, bias: Tensor | None = None) -> BinaryLinear:

@@ -86,10 +86,9 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, BinaryLinear):
             weight = module.binary_weight().dequantize(dtype)
-            dense: nn.Module = linear_from(weight, None if module.bias is None else module.bias.detach().to(dtype))
-            if not any(name.startswith(f"{each}.") for each in experts):
-                dense = _filled(skeleton.get_submodule(name), dense)
-            _put(model, name, dense)
+            linear = linear_from(weight, None if module.bias is None else module.bias.detach().to(dtype))
+            of_expert = any(name.startswith(f"{each}.") for each in experts)
+            _put(model, name, linear if of_expert else _filled(skeleton.get_submodule(name), linear))
     for name, module in experts.items():
         _put(model, name, module.restack(skeleton.get_submodule(name)))
 

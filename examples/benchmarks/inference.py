@@ -29,11 +29,21 @@ from arb_hf.packing import pack_mask
 
 SHAPES = ((576, 576), (1536, 576), (4096, 4096), (11008, 4096))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
-SMOLLM2 = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))  # a decoder layer of 30
+SMOLLM2 = (
+    (576, 576),
+    (192, 576),
+    (192, 576),
+    (576, 576),
+    (1536, 576),
+    (1536, 576),
+    (576, 1536),
+)  # a decoder layer of 30
 GROUP = 128  # of torch's int4
 
 
-def random_layer(n: int, m: int, seed: int = 0, salient: int = 16, groups: int = 2, by_column: bool = True) -> BinaryLinear:
+def random_layer(
+    n: int, m: int, seed: int = 0, salient: int = 16, groups: int = 2, by_column: bool = True
+) -> BinaryLinear:
     """A layer of the default form (arb-rc, both bitmaps, float16 scales) with random bits; ``salient`` columns a block."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(m, dtype=torch.bool)
@@ -43,7 +53,9 @@ def random_layer(n: int, m: int, seed: int = 0, salient: int = 16, groups: int =
     layer = BinaryLinear(BinaryForm(n, m, int(mask.sum()), 128, groups, groups, by_column, "float16"))
     for parameter in layer.parameters():
         if parameter.dtype == torch.int32:
-            parameter.data = torch.randint(-(2**31), 2**31, parameter.shape, generator=generator, dtype=torch.int64).to(torch.int32)
+            parameter.data = torch.randint(-(2**31), 2**31, parameter.shape, generator=generator, dtype=torch.int64).to(
+                torch.int32
+            )
         elif parameter.is_floating_point():
             parameter.data = (torch.rand(parameter.shape, generator=generator) + 0.5).to(parameter.dtype)
     layer.salient_columns.data = pack_mask(mask)
@@ -157,7 +169,12 @@ def generation(directory: str, prompt: int, new: int, rounds: int) -> dict:
     def run(model: nn.Module, count: int) -> float:
         start = clock()
         model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
         )
         return clock() - start
 
@@ -190,7 +207,9 @@ def plot(records: list[dict], path: str) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         n, m = record["shape"]
-        lines.setdefault(f"{n} x {m}, {record['threads']} thread(s)", []).append((record["tokens"], record["speed_against"]["bf16"]))
+        lines.setdefault(f"{n} x {m}, {record['threads']} thread(s)", []).append(
+            (record["tokens"], record["speed_against"]["bf16"])
+        )
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axes.axhline(1, color="gray", linewidth=0.8)
@@ -222,7 +241,13 @@ def main() -> None:
     seconds = 1.0 if options.quick else 4.0
     shapes, batches = (SHAPES[::2], (1, 256)) if options.quick else (SHAPES, BATCHES)
     library = native.ISAS[native.isa()] if native.library() else "none"
-    figures: dict = {"torch": torch.__version__, "instruction_set": library, "matmul": [], "linears": [], "generate": []}
+    figures: dict = {
+        "torch": torch.__version__,
+        "instruction_set": library,
+        "matmul": [],
+        "linears": [],
+        "generate": [],
+    }
     print(f"torch {torch.__version__}, C library: {library}")
     for threads in dict.fromkeys([options.threads[0]] if options.quick else options.threads):
         torch.set_num_threads(threads)
@@ -238,9 +263,14 @@ def main() -> None:
                 figures["linears"].append(all_linears(seconds, 10 if options.quick else 30))
                 last = figures["linears"][-1]
                 speeds = "  ".join(f"{name} {speed:.2f}x" for name, speed in last["speed_against"].items())
-                print(f"{last['linears']} linears of SmolLM2-135M: {last['seconds']['binary'] * 1e3:.1f} ms  against {speeds}", flush=True)
+                print(
+                    f"{last['linears']} linears of SmolLM2-135M: {last['seconds']['binary'] * 1e3:.1f} ms  against {speeds}",
+                    flush=True,
+                )
             if options.model and options.only in (None, "generate"):
-                figures["generate"].append(generation(options.model, 64, 16 if options.quick else 64, 2 if options.quick else 5))
+                figures["generate"].append(
+                    generation(options.model, 64, 16 if options.quick else 64, 2 if options.quick else 5)
+                )
                 print(json.dumps(figures["generate"][-1], indent=2), flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
