@@ -18,6 +18,7 @@ from ..errors import ArbCalibrationError
 from .capture import LayerCalls
 from .distributed import Processes, Results
 from .hessians import InputGroup, accumulate, waves
+from .offload import return_freed_memory
 from .plan import hessian_budget
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def _binarize_groups(
         if names:
             results |= binarize_group(dataclasses.replace(group, names=names), linears, config)
         group.release()
+        return_freed_memory()
     return results
 
 

@@ -181,7 +181,7 @@ def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
         layer.to(device)
         yield
         layer.to("cpu")
-    _return_freed_memory()
+    return_freed_memory()
 
 
 @functools.cache
@@ -192,8 +192,8 @@ def _malloc_trim() -> Any:
         return None
 
 
-def _return_freed_memory() -> None:
-    """Give freed pages back to the system: glibc keeps those between the packed tensors of one layer and the next."""
+def return_freed_memory() -> None:
+    """Give freed pages back to the system: glibc keeps them, and between packed tensors they would add up."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
