@@ -160,6 +160,6 @@ def test_every_field_of_a_form_is_varied():
     }
     assert tensors == possible
     shares = [form.salient_columns / form.in_features for form in forms]
-    assert min(shares) == 0 and max(shares) > 0.5
+    assert min(shares) == 0 and max(shares) > 0.4
     assert any(form.blocks > 5 for form in forms)
     assert any(form.in_features % 8 for form in forms) and any(form.out_features % 16 for form in forms)

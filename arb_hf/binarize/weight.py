@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import ArbCalibrationError
 from ..form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
 
 INT8_LEVELS = 127
+LOST = 1 / 16  # of the scales, in norm: rounding takes a tenth of that at most, so more is underflow
+CURE = 'store them with scale_dtype="float32" or "bfloat16"'
 
 
 @dataclass(frozen=True)
@@ -121,15 +124,51 @@ class BinaryWeight:
 
     def rounded(self) -> BinaryWeight:
         """The same weight as it will be after packing: scales as stored, zero signs made +1."""
-        weight = self.normalized() if self.form.scale_dtype == "int8" else self
         return replace(
-            weight,
+            self._with_stored_scales(),
             signs=torch.where(self.signs >= 0, 1, -1).to(torch.int8),
             second_signs=torch.where(self.second_signs >= 0, 1, -1).to(torch.int8),
-            row_parameters=decode_rows(*encode_rows(weight.row_parameters, self.form.scale_dtype)),
-            column_scales=decode_columns(encode_columns(weight.column_scales, self.form.scale_dtype)),
-            salient_column_scales=decode_columns(encode_columns(weight.salient_column_scales, self.form.scale_dtype)),
         )
+
+    def _with_stored_scales(self) -> BinaryWeight:
+        weight, dtype = self.settled(), self.form.scale_dtype
+        return replace(
+            weight,
+            row_parameters=decode_rows(*encode_rows(weight.row_parameters, dtype)),
+            column_scales=decode_columns(encode_columns(weight.column_scales, dtype)),
+            salient_column_scales=decode_columns(encode_columns(weight.salient_column_scales, dtype)),
+        )
+
+    def scaled(self, factor: float) -> BinaryWeight:
+        """``factor`` times the weight; exact for a power of two."""
+        return replace(self, row_parameters=self.row_parameters * factor)
+
+    def require_storable(self) -> None:
+        """Make sure that rounding to ``scale_dtype`` changes the scales in their last digits only.
+
+        Raises:
+            ArbCalibrationError: scales that are too large or too small for their type.
+        """
+        dtype = self.form.scale_dtype
+        limits = torch.finfo(ABSMAX_DTYPE if dtype == "int8" else SCALE_DTYPES[dtype])
+        stored, settled = self._with_stored_scales(), self.settled()
+        for name in ("row_parameters", "column_scales", "salient_column_scales"):
+            exact, kept = getattr(settled, name), getattr(stored, name)
+            if exact is None or not exact.numel():
+                continue
+            largest = exact.abs().max()
+            if not torch.isfinite(kept).all():
+                raise ArbCalibrationError(f"its scales reach {largest:.3g}, {dtype} ones end at {limits.max:.3g}; {CURE}")
+            unit = largest.clamp(min=limits.tiny)  # the squares of tiny scales are no floats
+            if ((kept - exact) / unit).norm() > LOST * (exact / unit).norm():
+                raise ArbCalibrationError(
+                    f"its scales are at most {largest:.3g}, and the least {dtype} one is "
+                    f"{limits.smallest_normal * limits.eps:.3g}; {CURE}"
+                )
+
+    def settled(self) -> BinaryWeight:
+        """:meth:`normalized` where the stored form needs it, which is for int8 scales."""
+        return self.normalized() if self.form.scale_dtype == "int8" else self
 
     def normalized(self) -> BinaryWeight:
         """The free factor between row and column scales settled: the largest ``|column scale|`` of each slot is 1.
@@ -140,7 +179,7 @@ class BinaryWeight:
             return self
         rows, columns = self.row_parameters.clone(), self.column_scales.clone()
         extra = None if self.salient_column_scales is None else self.salient_column_scales.clone()
-        settled = replace(self, row_parameters=rows, column_scales=columns, salient_column_scales=extra)
+        normal = replace(self, row_parameters=rows, column_scales=columns, salient_column_scales=extra)
         for block, span, salient_span in self.blocks():
             salient = self.salient[span]
             for group in range(self.form.groups):
@@ -152,7 +191,7 @@ class BinaryWeight:
                         _settle(row, columns[position, span], salient)
                     elif extra is not None:
                         _settle(row, extra[position - self.form.groups, salient_span], None)
-        return settled
+        return normal
 
 
 def _settle(row: Tensor, column: Tensor, where: Tensor | None) -> None:
