@@ -244,7 +244,7 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop(f"{Q}.second_plane"), f"tensor {Q}.second_plane is missing"),
+        (lambda t: t.pop(f"{Q}.second_plane"), rf"model\.safetensors: tensor {Q}\.second_plane is missing"),
         (
             lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].contiguous()}),
             rf"tensor {Q}\.weight is I32 \[2, 96\]",
@@ -253,7 +253,7 @@ Q = "model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.extra": t[f"{Q}.weight"].clone()}), rf"surplus tensor {Q}\.extra"),
         (lambda t: t[f"{Q}.row_parameters"].fill_(float("nan")), rf"{Q}\.row_parameters holds NaN"),
         (lambda t: t[f"{Q}.salient_columns"].fill_(255), rf"{Q}\.salient_columns marks 96 columns"),
-        (lambda t: t.pop("model.norm.weight"), "missing keys in the checkpoint: model.norm.weight"),
+        (lambda t: t.pop("model.norm.weight"), r"model\.safetensors: tensor model\.norm\.weight is missing"),
         (lambda t: t.update({"model.stray": torch.zeros(2)}), "unexpected keys in the checkpoint: model.stray"),
     ],
 )
