@@ -142,6 +142,8 @@ class ArbConfig(QuantizationConfigMixin):
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
             self._refuse("modules_to_not_convert", "a list of module names, or None")
+        if not (self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike) or callable(self.tokenizer)):
+            self._refuse("tokenizer", "a name, a folder, a tokenizer, or None")
         self._number("minimum_coverage", 1)
         if self.overrides is not None:
             self._validate_overrides()
@@ -274,6 +276,10 @@ class ArbConfig(QuantizationConfigMixin):
             value = getattr(self, key)
             stored[key] = os.fspath(value) if isinstance(value, str | os.PathLike) else None
         return stored
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it: an option left at its default is stored too, lest a later default change what it meant."""
+        return self.to_dict()
 
     def __iter__(self):
         yield from self.to_dict().items()

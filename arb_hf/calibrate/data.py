@@ -198,8 +198,9 @@ def _json(line: str, number: int, source: str) -> Any:
 
 def _download(name: str, split: str) -> list[str]:
     path, subset, column, files = NAMED[name]
+    datasets = _datasets()
     try:
-        data = _datasets().load_dataset(path, subset, data_files=files and {split: files[split]}, split=split)
+        data = datasets.load_dataset(path, subset, data_files=files and {split: files[split]}, split=split)
     except Exception as error:  # offline, gated, renamed: datasets raises many types
         reason = str(error).partition("\n")[0]
         raise ArbCalibrationError(
@@ -220,6 +221,11 @@ def _datasets() -> Any:
 def _windows(text: str, tokenizer: Any, config: ArbConfig) -> list[Batch]:
     ids = tokenize(text, tokenizer)
     length, wanted = config.sequence_length, config.num_samples
+    if ids.numel() < length:
+        raise ArbCalibrationError(
+            f"the calibration text has {ids.numel()} tokens, fewer than one sequence of sequence_length={length}; "
+            "pass more text or lower sequence_length"
+        )
     if ids.numel() < wanted * length:
         raise ArbCalibrationError(
             f"the calibration text has {ids.numel()} tokens, but num_samples={wanted} x sequence_length={length} "

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -99,6 +100,8 @@ def binarize_model(
         ArbCalibrationError: unusable data or model; raised before the first forward pass wherever that can be known.
             Also a folder of checkpoints that is in use, full, or another run's, and a process of this run that ended.
     """
+    if model.training:
+        raise ArbCalibrationError("the model is in training mode, where dropout would disturb calibration: call model.eval()")
     prefix, layers = find_decoder_layers(model)
     coverage = survey(model, prefix, layers, config, skip)
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
@@ -188,7 +191,7 @@ def _load_data(model: PreTrainedModel, config: ArbConfig) -> list[Batch]:
     @functools.cache
     def load_tokenizer() -> Any:
         tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
-        if not isinstance(tokenizer, str):
+        if not isinstance(tokenizer, str | os.PathLike):
             return tokenizer
         try:
             return AutoTokenizer.from_pretrained(tokenizer)
