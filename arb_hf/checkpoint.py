@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def read_entries(files: Iterable[str | os.PathLike], model_id: str | os.PathLike
         ArbFormatError: a file is elsewhere, or not readable safetensors; a tensor is in two files.
     """
     found: dict[str, Entry] = {}
-    for path in map(os.fspath, files):
+    for path in [os.fspath(file) for file in files]:
         name = os.path.basename(path)
         _check_place(path, os.fspath(model_id))
         if not path.endswith(".safetensors"):
@@ -121,7 +121,9 @@ def check_stacks(model: nn.Module, entries: Entries) -> None:
     for name, module in model.named_modules():
         stacks = find_stacks(module)
         if stacks is not None and stacks.count > max(len(entries), FEW):
-            raise ArbFormatError(f"config.json: {name} has {stacks.count} experts, the files hold {len(entries)} tensors")
+            raise ArbFormatError(
+                f"config.json: {name} has {stacks.count} experts, the files hold {len(entries)} tensors"
+            )
 
 
 def check_model(model: PreTrainedModel, entries: Entries) -> None:
@@ -186,7 +188,7 @@ def check_values(model: nn.Module, entries: Entries) -> None:
             raise ArbFormatError(f"{file}{key} {wrong[1]}")
 
 
-def _wrong_values(module: BinaryLinear) -> Iterable[tuple[str, str]]:
+def _wrong_values(module: BinaryLinear) -> Iterator[tuple[str, str]]:
     """Part and reason of everything that is wrong with a layer's tensors."""
     form, packed = module.form, module.packed
     for part, (shape, dtype) in form.tensors().items():

@@ -225,7 +225,9 @@ def _require_writable(out: Path, model: str) -> None:
     original = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) if os.path.isdir(model) else 0
     free = shutil.disk_usage(out).free
     if free < original / 8:
-        raise OSError(f"the disk of {out} has {free / 1e6:.1f} MB free, too little for what becomes of {original / 1e6:.1f} MB")
+        raise OSError(
+            f"the disk of {out} has {free / 1e6:.1f} MB free, too little for what becomes of {original / 1e6:.1f} MB"
+        )
 
 
 @contextmanager

@@ -67,10 +67,11 @@ def _config(model_id: str | os.PathLike, **kwargs: Any) -> Any:
             raise  # not there, or the Hub's own errors
         raise ArbFormatError(f"{model_id}: config.json cannot be read ({_first_line(error)})") from error
     quantization = getattr(config, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    quantization = quantization if isinstance(quantization, dict) else {}
+    method = quantization.get("quant_method")
     if method != QUANT_METHOD:
         raise ArbFormatError(f"{model_id} is not a model packed by arb_hf: its config.json has quant_method {method!r}")
-    ArbConfig.from_dict(dict(quantization))
+    ArbConfig.from_dict(quantization)
     if getattr(config, "transformers_weights", None) is not None:
         raise ArbFormatError(f"{model_id}: config.json names weights of its own, {config.transformers_weights!r}")
     return config

@@ -46,7 +46,7 @@ class ArbHfQuantizer(HfQuantizer):
             return
         files = kwargs.get("checkpoint_files")
         if files:
-            self.entries = read_entries(files, model.name_or_path)
+            self.entries = read_entries(files, model.name_or_path or "")
             check_stacks(model, self.entries)
         swap_in_binary_modules(model, self.quantization_config)
         if files:

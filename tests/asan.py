@@ -78,7 +78,9 @@ def overflow(path: str) -> None:
     import torch
 
     values = torch.ones(5)
-    ctypes.CDLL(path).arb_sort_magnitudes(ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(6), ctypes.c_void_p(values.data_ptr()))
+    ctypes.CDLL(path).arb_sort_magnitudes(
+        ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(6), ctypes.c_void_p(values.data_ptr())
+    )
 
 
 def build(compiler: str, folder: Path) -> str:
@@ -120,7 +122,14 @@ def kernels(random: Random, torch: Any) -> None:
     salient = torch.rand(m) < share
     claimed = int(salient.sum()) if random.random() < 0.8 else random.randrange(m + 1)
     form = BinaryForm(
-        n, m, claimed, block, groups, random.randint(1, groups), random.random() < 0.5, random.choice(sorted(SCALE_DTYPES))
+        n,
+        m,
+        claimed,
+        block,
+        groups,
+        random.randint(1, groups),
+        random.random() < 0.5,
+        random.choice(sorted(SCALE_DTYPES)),
     )
     tensors = {}
     for name, (shape, dtype) in form.tensors().items():
@@ -184,7 +193,9 @@ def main() -> int:
     if args.library:
         return 0
     compiler = os.environ.get("CC", "gcc")
-    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    runtime = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout
     with tempfile.TemporaryDirectory() as folder:
         library = build(compiler, Path(folder))
         # Leaks are Python's and torch's at their end; Python's own allocator would hide the ends of small buffers.
@@ -194,7 +205,16 @@ def main() -> int:
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "PYTHONMALLOC": "malloc",
         }
-        command = [sys.executable, __file__, "--library", library, "--seconds", str(args.seconds), "--seed", str(args.seed)]
+        command = [
+            sys.executable,
+            __file__,
+            "--library",
+            library,
+            "--seconds",
+            str(args.seconds),
+            "--seed",
+            str(args.seed),
+        ]
         canary = subprocess.run([*command, "--canary"], env=environment, capture_output=True, text=True, check=False)
         if "heap-buffer-overflow" not in canary.stderr:
             print(f"a deliberate overflow was not found: the sanitizer does not work here\n{canary.stderr[-2000:]}")

@@ -31,8 +31,9 @@ def work(seed: int, stop: float) -> None:
     """Try seeds from ``seed`` on until ``stop``; one JSON line before and after each."""
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from mutate import damage, inspection, outcome
     from transformers.utils import logging
+
+    from mutate import damage, inspection, outcome
 
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -84,7 +85,9 @@ def main() -> int:
                     kinds[message["kind"]] += 1
         if process.returncode:
             crashes += 1
-            findings.append(f"seed {last.get('seed')}, {last.get('damage')}: the process ended with {process.returncode}")
+            findings.append(
+                f"seed {last.get('seed')}, {last.get('damage')}: the process ended with {process.returncode}"
+            )
         seed = int(str(last.get("seed", seed))) + 1
     print(f"{tried} damaged checkpoints in {time.time() - start:.0f} s, each loaded and inspected")
     for kind, count in kinds.most_common():

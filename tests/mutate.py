@@ -39,7 +39,9 @@ def damage(random: Random, folder: Path) -> str:
     shutil.copytree(GOLDEN / name, folder)
     done = []
     for _ in range(random.choice((1, 1, 1, 2, 3))):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError):
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError
+        ):
             done.append(random.choice(DAMAGES)(random, folder))  # what is damaged may not bear another
     return f"{name}: " + ", ".join(done)
 
@@ -87,7 +89,9 @@ def tensor_values(random: Random, folder: Path) -> str:
     header, body = _parts(path)
     name = random.choice(sorted(key for key in header if key != "__metadata__"))
     start, end = header[name]["data_offsets"]
-    pattern = random.choice((b"\x00", b"\xff", b"\x80", b"\x00\x80", b"\x00\x7c", b"\x7f", b"\x00\x00\xc0\x7f", b"\x01"))
+    pattern = random.choice(
+        (b"\x00", b"\xff", b"\x80", b"\x00\x80", b"\x00\x7c", b"\x7f", b"\x00\x00\xc0\x7f", b"\x01")
+    )
     if random.random() < 0.5:
         new = (pattern * (end - start))[: end - start]
     else:
@@ -116,7 +120,9 @@ def header(random: Random, folder: Path) -> str:
     elif what == "drop":
         del entries[name]
     elif what == "rename":
-        entries[random.choice((name + "x", "x." + name, name.rpartition(".")[0] + ".bias", "weight"))] = entries.pop(name)
+        entries[random.choice((name + "x", "x." + name, name.rpartition(".")[0] + ".bias", "weight"))] = entries.pop(
+            name
+        )
     elif what == "double":
         entries[name + "_again"] = dict(entry)
     else:
@@ -130,7 +136,9 @@ def _change(random: Random, tree: Any, depth: int = 0) -> str:
     keys: list[Any] = sorted(tree) if isinstance(tree, dict) else list(range(len(tree)))
     inner = [key for key in keys if isinstance(tree[key], dict | list) and tree[key]]
     if inner and random.random() < (0.7 if depth == 0 else 0.5):
-        key = "quantization_config" if "quantization_config" in inner and random.random() < 0.7 else random.choice(inner)
+        key = (
+            "quantization_config" if "quantization_config" in inner and random.random() < 0.7 else random.choice(inner)
+        )
         return f"{key}." + _change(random, tree[key], depth + 1)
     key = random.choice(keys)
     what = random.random()
@@ -177,7 +185,10 @@ def index(random: Random, folder: Path) -> str:
     if path.exists():
         tree = json.loads(path.read_text())
     else:
-        tree = {"metadata": {}, "weight_map": {key: files[0] for key in _parts(folder / files[0])[0] if key != "__metadata__"}}
+        tree = {
+            "metadata": {},
+            "weight_map": {key: files[0] for key in _parts(folder / files[0])[0] if key != "__metadata__"},
+        }
     if random.random() < 0.3:
         done = _change(random, tree)
     else:

@@ -249,7 +249,10 @@ def test_what_users_are_told(name, folder, monkeypatch):
 def test_a_cancelled_run_says_how_to_go_on(folder, monkeypatch, caplog):
     with caplog.at_level("WARNING"):
         told("a cancelled run", Place(folder, monkeypatch))
-    assert "binarizing was interrupted: 0 of 1 decoder layers are kept in interrupted; run the same command again" in caplog.text
+    assert (
+        "binarizing was interrupted: 0 of 1 decoder layers are kept in interrupted; run the same command again"
+        in caplog.text
+    )
 
 
 if __name__ == "__main__":

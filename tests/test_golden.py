@@ -61,7 +61,10 @@ def test_golden_files_load_bit_for_bit(name):
 def plain_decoder(tensors: dict[str, torch.Tensor], form: BinaryForm) -> np.ndarray:
     """The dense matrix, column by column, from what packing.py's docstring says and nothing else of the package."""
     n, m, size = form.out_features, form.in_features, form.block_size
-    raw = {name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for name, tensor in tensors.items()}
+    raw = {
+        name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+        for name, tensor in tensors.items()
+    }
     one, by_127 = np.float32(1), np.float32(127)
     rows = raw["row_parameters"].astype(np.float32)
     if "row_absmax" in raw:
@@ -70,7 +73,10 @@ def plain_decoder(tensors: dict[str, torch.Tensor], form: BinaryForm) -> np.ndar
         None if key not in raw else raw[key].astype(np.float32) / (by_127 if raw[key].dtype == np.int8 else one)
         for key in ("column_scales", "salient_column_scales")
     )
-    groups, of_salient = (2 if raw["second_plane"].shape[0] == -(-m // 32) and form.groups == 2 else 1), form.salient_groups
+    groups, of_salient = (
+        (2 if raw["second_plane"].shape[0] == -(-m // 32) and form.groups == 2 else 1),
+        form.salient_groups,
+    )
     salient = [bool(raw["salient_columns"][j // 8] >> (j % 8) & 1) for j in range(m)]
 
     def bit(plane: str, position: int) -> np.ndarray:
@@ -112,7 +118,11 @@ def test_golden_files_are_small():
 
 
 def test_every_case_of_the_generator_is_there():
-    assert MAKE["cases"]().keys() == DIGESTS.keys() == {path.name for path in GOLDEN.iterdir() if path.is_dir()} - {"__pycache__"}
+    assert (
+        MAKE["cases"]().keys()
+        == DIGESTS.keys()
+        == {path.name for path in GOLDEN.iterdir() if path.is_dir()} - {"__pycache__"}
+    )
 
 
 def test_every_format_version_has_golden_files():
@@ -146,7 +156,9 @@ def test_options_that_shape_the_form_come_in_every_combination():
 
 def test_every_field_of_a_form_is_varied():
     """A new field, or a new tensor, fails here until golden files have it."""
-    forms = [module.form for name in DIGESTS for module in binary_modules(arb_hf.from_pretrained(GOLDEN / name)).values()]
+    forms = [
+        module.form for name in DIGESTS for module in binary_modules(arb_hf.from_pretrained(GOLDEN / name)).values()
+    ]
     for field in dataclasses.fields(BinaryForm):
         assert len({getattr(form, field.name) for form in forms}) > 1, f"{field.name} is the same in all golden files"
     assert {form.scale_dtype for form in forms} == set(SCALE_DTYPES)

@@ -124,10 +124,15 @@ def test_negative_zero_scales_count_as_zero(model, name):
     folder = model(name)
     found = []
     for zero in (0.0, -0.0):
-        change_tensors(folder, lambda t, zero=zero: [t[key][..., ::3].fill_(zero) for key in t if "scales" in key or "row_p" in key])
+        change_tensors(
+            folder,
+            lambda t, zero=zero: [t[key][..., ::3].fill_(zero) for key in t if "scales" in key or "row_p" in key],
+        )
         module = binary_modules(arb_hf.from_pretrained(folder))[Q]
         x = torch.linspace(-1, 1, 3 * 36).reshape(3, 36)
-        found.append((module.binary_weight().dequantize() + 0.0, reference.linear(x, module.packed, module.form), module(x)))
+        found.append(
+            (module.binary_weight().dequantize() + 0.0, reference.linear(x, module.packed, module.form), module(x))
+        )
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
@@ -227,7 +232,9 @@ OPTIONS = {  # option: hostile values
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in OPTIONS.items() for value in values])
+@pytest.mark.parametrize(
+    ("option", "value"), [(option, value) for option, values in OPTIONS.items() for value in values]
+)
 def test_options_of_wrong_type_or_size(model, option, value):
     folder = model()
     change_json(folder / "config.json", lambda tree: tree["quantization_config"].update({option: value}))
@@ -235,17 +242,27 @@ def test_options_of_wrong_type_or_size(model, option, value):
 
 
 def test_other_options_than_the_tensors_were_made_with(model):
-    for option, value in (("method", "arb"), ("block_size", 64), ("scale_dtype", "float32"), ("column_group_bitmap", False)):
+    for option, value in (
+        ("method", "arb"),
+        ("block_size", 64),
+        ("scale_dtype", "float32"),
+        ("column_group_bitmap", False),
+    ):
         folder = model()
         change_json(folder / "config.json", lambda tree, o=option, v=value: tree["quantization_config"].update({o: v}))
-        refused(folder, rf"^model\.safetensors: (surplus )?tensor .*")
+        refused(folder, r"^model\.safetensors: (surplus )?tensor .*")
         shutil.rmtree(folder)
 
 
 def test_the_message_of_a_future_version(model):
     folder = model()
-    change_json(folder / "config.json", lambda tree: tree["quantization_config"].update(format_version=2, method="arb-9"))
-    refused(folder, r"^config\.json: format_version 2 is newer than 1, the newest this arb_hf reads: pip install --upgrade arb_hf$")
+    change_json(
+        folder / "config.json", lambda tree: tree["quantization_config"].update(format_version=2, method="arb-9")
+    )
+    refused(
+        folder,
+        r"^config\.json: format_version 2 is newer than 1, the newest this arb_hf reads: pip install --upgrade arb_hf$",
+    )
 
 
 MODEL = {
@@ -272,11 +289,13 @@ def test_the_models_own_config(model, option, value):
     """Sizes that would take the memory, code from elsewhere, nonsense: refused by the checked loading."""
     folder = model()
     change_json(folder / "config.json", lambda tree: tree.update({option: value}))
+    said = ""
     try:
         loaded = arb_hf.from_pretrained(folder)
     except ArbFormatError as error:
-        assert "config.json" in str(error) or "model.safetensors" in str(error)
-        assert "\n" not in str(error)
+        said = str(error)
+    if said:
+        assert ("config.json" in said or "model.safetensors" in said) and "\n" not in said
     else:  # of no consequence for what is loaded
         assert option in ("architectures", "head_dim", "auto_map", "rope_parameters", "num_attention_heads")
         assert loaded(torch.arange(4)[None]).logits.shape == (1, 4, 24)
@@ -286,7 +305,9 @@ def test_absurd_experts(model):
     folder = model("experts")
     change_json(folder / "config.json", lambda tree: tree.update(num_local_experts=10**9))
     refused(folder, r"config\.json: num_local_experts=1000000000, and the files hold \d+ tensors", everywhere=False)
-    with pytest.raises(ArbFormatError, match=r"config\.json: .*experts has 1000000000 experts, the files hold \d+ tensors"):
+    with pytest.raises(
+        ArbFormatError, match=r"config\.json: .*experts has 1000000000 experts, the files hold \d+ tensors"
+    ):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -358,7 +379,10 @@ def test_links_within_a_folder_and_of_the_hubs_cache_are_followed(model, tmp_pat
     snapshot = tmp_path / "models--me--x" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--me--x" / "blobs").mkdir()
-    for file, source in (("config.json", folder / "config.json"), ("model.safetensors", folder / "files" / "x.safetensors")):
+    for file, source in (
+        ("config.json", folder / "config.json"),
+        ("model.safetensors", folder / "files" / "x.safetensors"),
+    ):
         shutil.copy(source, tmp_path / "models--me--x" / "blobs" / file)
         (snapshot / file).symlink_to(f"../../blobs/{file}")
     arb_hf.from_pretrained(snapshot)
@@ -377,7 +401,9 @@ def test_a_tensor_in_two_files(model):
     refused(folder, r"tensor .* is in model-00001-of-00004\.safetensors too")
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": None}}, {"weight_map": {"a": "x" * 999}}])
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": None}}, {"weight_map": {"a": "x" * 999}}]
+)
 def test_indexes_that_are_none(index):
     with pytest.raises(ArbFormatError, match="index"):
         shard_names(index)
@@ -395,7 +421,13 @@ def test_inspect_of_wrong_options(model, options, capsys):
 
 
 def test_inspect_of_a_damaged_report(model, capsys):
-    for report in ({"output_error": "x"}, {"measurements": 3}, {"measurements": [{}]}, {"seconds": [1]}, {"seconds": 10**400}):
+    for report in (
+        {"output_error": "x"},
+        {"measurements": 3},
+        {"measurements": [{}]},
+        {"seconds": [1]},
+        {"seconds": 10**400},
+    ):
         folder = model()
         (folder / "arb_report.json").write_text(json.dumps({"model": "x"} | report))
         assert "arb_report.json: not a report" in inspected(folder, capsys)
@@ -404,7 +436,9 @@ def test_inspect_of_a_damaged_report(model, capsys):
 
 def test_inspect_prints_nothing_that_steers_a_terminal(model, capsys):
     folder = model()
-    change_header(folder / "model.safetensors", lambda header: header.update({"\x1b[2Jx": header.pop("model.norm.weight")}))
+    change_header(
+        folder / "model.safetensors", lambda header: header.update({"\x1b[2Jx": header.pop("model.norm.weight")})
+    )
     change_json(folder / "config.json", lambda tree: tree["quantization_config"].update(method="\x1b]0;x\x07"))
     assert main(["inspect", str(folder), "--tensors"]) == 0
     assert "\x1b" not in capsys.readouterr().out
@@ -420,7 +454,12 @@ def test_inspect_of_a_million_modules_answers_at_once(model):
 def test_the_error_is_the_packages_own_even_where_torch_is_not_imported():
     assert SameError is ArbFormatError
     code = "from arb_hf_start import parser; import sys; e = sys.modules; parser(); sys.exit('torch' in e)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": f"{ROOT}:{ROOT}/arb_hf/outside"}, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": f"{ROOT}:{ROOT}/arb_hf/outside"}, check=False
+        ).returncode
+        == 0
+    )
 
 
 ROOT = Path(arb_hf.__file__).parents[1]

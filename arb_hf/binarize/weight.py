@@ -158,7 +158,9 @@ class BinaryWeight:
                 continue
             largest = exact.abs().max()
             if not torch.isfinite(kept).all():
-                raise ArbCalibrationError(f"its scales reach {largest:.3g}, {dtype} ones end at {limits.max:.3g}; {CURE}")
+                raise ArbCalibrationError(
+                    f"its scales reach {largest:.3g}, {dtype} ones end at {limits.max:.3g}; {CURE}"
+                )
             unit = largest.clamp(min=torch.finfo(exact.dtype).tiny)  # the squares of tiny scales are no floats
             if ((kept - exact) / unit).norm() > LOST * (exact / unit).norm():
                 raise ArbCalibrationError(

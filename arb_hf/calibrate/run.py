@@ -101,7 +101,9 @@ def binarize_model(
             Also a folder of checkpoints that is in use, full, or another run's, and a process of this run that ended.
     """
     if model.training:
-        raise ArbCalibrationError("the model is in training mode, where dropout would disturb calibration: call model.eval()")
+        raise ArbCalibrationError(
+            "the model is in training mode, where dropout would disturb calibration: call model.eval()"
+        )
     prefix, layers = find_decoder_layers(model)
     coverage = survey(model, prefix, layers, config, skip)
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())

@@ -149,7 +149,9 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
         kind["layers"] += 1
         kind["weights"] += weights
         kind["bits"] += bits
-    covered = {".".join(names[:count]) for names in (owner.split(".") for owner in parts) for count in range(1, len(names) + 1)}
+    covered = {
+        ".".join(names[:count]) for names in (owner.split(".") for owner in parts) for count in range(1, len(names) + 1)
+    }
     return {
         "path": str(path),
         "files": {file.name: file.stat().st_size for file in files},

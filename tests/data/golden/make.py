@@ -49,7 +49,11 @@ def cases() -> dict[str, Case]:
     for method in METHODS:
         for grouping, bitmaps in GROUPINGS.items():
             for dtype in SCALE_DTYPES:
-                found[f"{method}-{grouping}-{dtype}"] = ("llama", {}, {"method": method, "scale_dtype": dtype, **bitmaps})
+                found[f"{method}-{grouping}-{dtype}"] = (
+                    "llama",
+                    {},
+                    {"method": method, "scale_dtype": dtype, **bitmaps},
+                )
     for method in ("arb-rc", "arb-x"):
         found[f"{method}-full"] = ("llama", {}, {"method": method, "refinement": "full"})
         found[f"{method}-full-one-int8"] = (
