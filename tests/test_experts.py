@@ -243,7 +243,9 @@ def test_listed_experts_borrow_too():
         f"experts.{number}.{part}": (150, 0) if number < 2 else (0, 1) for number in range(3) for part in ("up", "down")
     }
     rows = hidden[0]
-    torch.testing.assert_close(groups["experts.2.up"].lent.total.float().triu(), (rows[:300].T @ rows).triu(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        groups["experts.2.up"].lent.total.float().triu(), (rows[:300].T @ rows).triu(), rtol=1e-4, atol=1e-3
+    )
 
 
 FAMILIES = {

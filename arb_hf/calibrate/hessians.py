@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -142,9 +142,12 @@ def _own_moments(
     seen: dict[int, tuple[Tensor, str]] = {}  # inputs of the current pass, kept alive so that identity means sameness
     sequences = sum(call.hidden.shape[0] for call in calls)
     mask: Tensor | None = None
+    called: list[str] = []
+    last: int | None = None  # of how many calls in a pass, where that is known
 
     def hook(name: str, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
         states = args[0]
+        called.append(name)
         if id(states) in seen:
             leader = leader_of.setdefault(name, seen[id(states)][1])
         else:
@@ -156,14 +159,23 @@ def _own_moments(
             raise ArbCalibrationError(f"{name} shares its input with {leader} in one batch and not in another")
         if name not in groups[leader].names:
             groups[leader].names.append(name)
+        if len(called) == last:
+            raise _AllSeen
 
     with _hooks((linear, functools.partial(hook, name)) for name, linear in linears.items()):
         for call in calls:
             mask = call.mask
-            with _padding_unrouted(layer, mask):
+            with _padding_unrouted(layer, mask), contextlib.suppress(_AllSeen):
                 run_layer(layer, call, index)
+            if last is None and sorted(called) == sorted(linears) and not _expert_lists(layer):
+                last = len(called)  # each once, and the same in every pass: the rest of a pass gives nothing
             seen.clear()
+            called.clear()
     return list(groups.values())
+
+
+class _AllSeen(Exception):
+    """Every linear has got its input; the layer need not run to its end."""
 
 
 def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[LayerCalls], index: int) -> None:
@@ -211,7 +223,7 @@ def _expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
     return lists
 
 
-@contextmanager
+@contextlib.contextmanager
 def _hooks(pairs) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
     try:
@@ -221,7 +233,7 @@ def _hooks(pairs) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _padding_unrouted(layer: nn.Module, mask: Tensor | None) -> Iterator[None]:
     """Send padding to no expert: the rows an expert sees do not tell which of them are padding."""
 

@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder with wiki.valid.raw")
     parser.add_argument("--method", default="arb-rc")
     parser.add_argument("--refinement", default="paper")
+    parser.add_argument("--batch-size", type=int, default=4, help="calibration windows per forward pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="2 windows and one iteration")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -88,13 +89,12 @@ def main() -> None:
         dataset=windows,
         num_samples=len(windows),
         sequence_length=LENGTH,
+        batch_size=arguments.batch_size,
     )
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     with timed(seconds):
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model, quantization_config=config, dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config, dtype=torch.float32)
     total = time.perf_counter() - start
     stages = model.arb_report.stages
     found = {"load and dispatch": total - sum(stages.values()), "capture": stages["capture"]} | seconds
