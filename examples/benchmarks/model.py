@@ -16,6 +16,7 @@ import contextlib
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +45,11 @@ ENTRIES: list[tuple[str, Any, str]] = [
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Adds the wall seconds of every entry to its stage; ``H`` happens inside the first forward pass."""
+    """Adds the wall seconds of every entry to its stage; ``H`` happens inside the first forward pass.
+
+    Where matrices are binarized side by side, a worker's seconds count by its share of the threads.
+    """
+    threads, lock = torch.get_num_threads(), threading.Lock()
 
     def watch(stage: str, work: Callable) -> Callable:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +57,9 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
             try:
                 return work(*args, **kwargs)
             finally:
-                seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+                share = torch.get_num_threads() / threads  # less than 1 in one of several worker threads
+                with lock:
+                    seconds[stage] = seconds.get(stage, 0.0) + (time.perf_counter() - start) * share
 
         return watched
 
