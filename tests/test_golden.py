@@ -53,7 +53,7 @@ def test_golden_files_load_bit_for_bit(name):
             assert torch.equal(tensor, tensors[f"{module_name}.{part}"]), part
         dense = module.binary_weight().dequantize()
         assert MAKE["digest"](dense) == DIGESTS[name]["dense"][module_name], module_name
-        plain = plain_decoder({part: tensor for part, tensor in module.packed.items()}, module.form)
+        plain = plain_decoder(module.packed, module.form)
         assert np.array_equal(dense.numpy(), plain), module_name
     assert model(torch.arange(6)[None]).logits.isfinite().all()
 

@@ -12,8 +12,13 @@ from ..errors import ArbCalibrationError
 from ..form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
 
 INT8_LEVELS = 127
-LOST = 1 / 16  # of the scales, in norm: rounding takes a tenth of that at most, so more is underflow
+LOST = 1 / 16  # of the scales, in norm: rounding takes a sixteenth of that, so more is underflow
 CURE = 'store them with scale_dtype="float32" or "bfloat16"'
+
+
+def as_signs(bits: Tensor) -> Tensor:
+    """Booleans as int8: True is +1, False is -1."""
+    return bits.to(torch.int8).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -71,22 +76,20 @@ class BinaryWeight:
         dense = torch.empty(self.shape, dtype=dtype, device=self.signs.device)
         for block, columns, salient_columns in self.blocks():
             salient = self.salient[columns]
-            values = torch.empty(self.signs[:, columns].shape, device=self.signs.device)
-            values[:, ~salient] = self._ordinary_values(block, columns)
+            values = self._ordinary_values(block, columns)
             values[:, salient] = self._salient_values(block, columns, salient_columns)
             dense[:, columns] = values.to(dtype)
         return dense
 
     def _ordinary_values(self, block: int, columns: slice) -> Tensor:
-        ordinary = ~self.salient[columns]
-        signs = self.signs[:, columns][:, ordinary].to(torch.float32)
+        """As if every column were ordinary, without copying those that are: what salient ones get is no value."""
+        signs = self.signs[:, columns].to(torch.float32)
+        everywhere = slice(None)
         values = [
-            self._level(block, signs, group, self._column_scale(group, columns, ordinary), self.form.mean_slot(group))
+            self._level(block, signs, group, self._column_scale(group, columns, everywhere), self.form.mean_slot(group))
             for group in range(self.form.groups)
         ]
-        if self.groups is None:
-            return values[0]
-        return torch.where(self.groups[:, columns][:, ordinary], values[1], values[0])
+        return values[0] if self.groups is None else torch.where(self.groups[:, columns], values[1], values[0])
 
     def _salient_values(self, block: int, columns: slice, salient_columns: slice) -> Tensor:
         salient = self.salient[columns]
@@ -110,7 +113,7 @@ class BinaryWeight:
             return value * column
         return value if mean_slot is None else value + self.row_parameters[block, mean_slot, :, None]
 
-    def _column_scale(self, row: int, columns: slice, where: Tensor) -> Tensor | None:
+    def _column_scale(self, row: int, columns: slice, where: Tensor | slice) -> Tensor | None:
         return None if self.column_scales is None else self.column_scales[row, columns][where]
 
     def salient_scale(self, group: int, order: int, columns: slice, salient_columns: slice) -> Tensor | None:
@@ -124,19 +127,14 @@ class BinaryWeight:
 
     def rounded(self) -> BinaryWeight:
         """The same weight as it will be after packing: scales as stored, zero signs made +1."""
-        return replace(
-            self._with_stored_scales(),
-            signs=torch.where(self.signs >= 0, 1, -1).to(torch.int8),
-            second_signs=torch.where(self.second_signs >= 0, 1, -1).to(torch.int8),
-        )
-
-    def _with_stored_scales(self) -> BinaryWeight:
-        weight, dtype = self.settled(), self.form.scale_dtype
+        weight = self.settled()
         return replace(
             weight,
-            row_parameters=decode_rows(*encode_rows(weight.row_parameters, dtype)),
-            column_scales=decode_columns(encode_columns(weight.column_scales, dtype)),
-            salient_column_scales=decode_columns(encode_columns(weight.salient_column_scales, dtype)),
+            signs=as_signs(self.signs >= 0),
+            second_signs=as_signs(self.second_signs >= 0),
+            row_parameters=decode_rows(*encode_rows(weight.row_parameters, self.form.scale_dtype)),
+            column_scales=decode_columns(encode_columns(weight.column_scales, self.form.scale_dtype)),
+            salient_column_scales=decode_columns(encode_columns(weight.salient_column_scales, self.form.scale_dtype)),
         )
 
     def scaled(self, factor: float) -> BinaryWeight:
@@ -149,22 +147,20 @@ class BinaryWeight:
         Raises:
             ArbCalibrationError: scales that are too large or too small for their type.
         """
-        dtype = self.form.scale_dtype
-        limits = torch.finfo(ABSMAX_DTYPE if dtype == "int8" else SCALE_DTYPES[dtype])
-        stored, settled = self._with_stored_scales(), self.settled()
-        for name in ("row_parameters", "column_scales", "salient_column_scales"):
-            exact, kept = getattr(settled, name), getattr(stored, name)
-            if exact is None or not exact.numel():
-                continue
-            largest = exact.abs().max()
-            if not torch.isfinite(kept).all():
-                raise ArbCalibrationError(
-                    f"its scales reach {largest:.3g}, {dtype} ones end at {limits.max:.3g}; {CURE}"
-                )
+        name = self.form.scale_dtype
+        if name == "int8":  # codes fit always, the largest magnitudes that they count in are float16
+            dtype, parts = ABSMAX_DTYPE, [self.settled().row_parameters.abs().amax(-1)]
+        else:
+            dtype, parts = SCALE_DTYPES[name], [self.row_parameters, self.column_scales, self.salient_column_scales]
+        limits = torch.finfo(dtype)
+        for exact in (part for part in parts if part is not None and part.numel()):
+            stored, largest = exact.to(dtype).to(exact.dtype), exact.abs().max()
+            if not torch.isfinite(stored).all():
+                raise ArbCalibrationError(f"its scales reach {largest:.3g}, {name} ones end at {limits.max:.3g}; {CURE}")
             unit = largest.clamp(min=torch.finfo(exact.dtype).tiny)  # the squares of tiny scales are no floats
-            if ((kept - exact) / unit).norm() > LOST * (exact / unit).norm():
+            if ((stored - exact) / unit).norm() > LOST * (exact / unit).norm():
                 raise ArbCalibrationError(
-                    f"its scales are at most {largest:.3g}, and the least {dtype} one is "
+                    f"its scales are at most {largest:.3g}, and the least {name} one is "
                     f"{limits.smallest_normal * limits.eps:.3g}; {CURE}"
                 )
 
