@@ -12,7 +12,7 @@ from ..errors import ArbCalibrationError
 from ..form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
 
 INT8_LEVELS = 127
-LOST = 1 / 16  # of the scales, in norm: rounding takes a sixteenth of that, so more is underflow
+LOST = 1 / 16  # of the scales, in norm: rounding takes 0.2 % at most, so more is underflow
 CURE = 'store them with scale_dtype="float32" or "bfloat16"'
 
 
@@ -156,7 +156,9 @@ class BinaryWeight:
         for exact in (part for part in parts if part is not None and part.numel()):
             stored, largest = exact.to(dtype).to(exact.dtype), exact.abs().max()
             if not torch.isfinite(stored).all():
-                raise ArbCalibrationError(f"its scales reach {largest:.3g}, {name} ones end at {limits.max:.3g}; {CURE}")
+                raise ArbCalibrationError(
+                    f"its scales reach {largest:.3g}, {name} ones end at {limits.max:.3g}; {CURE}"
+                )
             unit = largest.clamp(min=torch.finfo(exact.dtype).tiny)  # the squares of tiny scales are no floats
             if ((stored - exact) / unit).norm() > LOST * (exact / unit).norm():
                 raise ArbCalibrationError(
