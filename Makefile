@@ -38,6 +38,10 @@ fuzz: asan
 asan: $(VENV)/installed
 	$(BIN)/python tests/asan.py --seconds $(SECONDS)
 
+# What reads and writes checkpoints, config and command line; kernels and mathematics depend on torch alone.
+COMPAT_TESTS ?= $(addprefix tests/test_, $(addsuffix .py, bad_input cli config data evaluate experts export golden \
+	hostile hub linear offload overrides packing quantizer resume))
+
 # The oldest releases that pyproject.toml admits, in a folder of their own, through the tests that touch them.
 compat: $(VENV)-oldest/installed
 	HF_HUB_OFFLINE=1 $(VENV)-oldest/bin/python -m pytest -q $(COMPAT_TESTS)
