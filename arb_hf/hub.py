@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .card import MARKER, PLOT_FILE, is_hub_id, model_card, written_by_us
 from .checkpoint import binary_modules, check_counts, read_entries
@@ -46,6 +46,7 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedMod
     if "variant" not in kwargs:
         check_counts(config.to_dict(), read_entries(_weight_files(model_id, **hub_arguments), model_id))
     _check_architecture(model_id, config, **trust)
+    _check_generation(model_id, **hub_arguments)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model_id, output_loading_info=True, **kwargs)
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -96,6 +97,16 @@ def _check_architecture(model_id: str | os.PathLike, config: Any, **kwargs: Any)
             AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
     except Exception as error:  # anything, from the class that the config names
         raise ArbFormatError(f"{model_id}: no model can be made of config.json ({_first_line(error)})") from error
+
+
+def _check_generation(model_id: str | os.PathLike, **kwargs: Any) -> None:
+    """``generation_config.json``, where there is one, can be read."""
+    if cached_file(model_id, GENERATION_CONFIG_NAME, **kwargs, _raise_exceptions_for_missing_entries=False) is None:
+        return
+    try:
+        GenerationConfig.from_pretrained(model_id, **kwargs)
+    except Exception as error:  # as for config.json
+        raise ArbFormatError(f"{model_id}: {GENERATION_CONFIG_NAME} cannot be read ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -38,8 +38,9 @@ Slots of ``row_parameters``: scales of the ordinary groups, then for each salien
 
 Stored bits are those of ALGORITHM section 9 plus the padding of a plane to whole words, at most 31 columns.
 
-**What a reader checks** (:mod:`arb_hf.checkpoint`): exactly these tensors, of these types and shapes; as many salient
-columns as the config says; no bit set past the last column; finite scales; int8 codes of at most 127; a ``row_absmax``
+**What a reader checks** (:mod:`arb_hf.checkpoint`). There is little that could disagree: salient columns are a bitmap, so
+none is listed twice, and no permutation is stored. Checked are: exactly these tensors, of these types and shapes; as many
+salient columns as the config says; no bit set past the last column; finite scales; int8 codes of at most 127; a ``row_absmax``
 without a sign. Scales of any sign are legal, and -0.0 among them (a small negative mean rounds to it): it counts as 0.
 
 **Format 2.** A checkpoint of version 1 loads for ever, with the same bits:

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 import arb_hf
-from arb_hf import ArbFormatError
+from arb_hf import ArbFormatError, ArbReport
+from arb_hf.binarize import SolveRecord
 from arb_hf.checkpoint import binary_modules
+from arb_hf.coverage import Coverage, Matrix
 from arb_hf.kernels import reference
 from arb_hf.light.headers import inspect_folder, table
+from arb_hf.report import REPORT_FILE, MatrixRecord, Measurement
 from conftest import DATA
 
 GOLDEN = DATA / "golden"
@@ -29,6 +32,9 @@ VALUES = (
     "billm", "int8", "float16", "float32", "I32", "F16", "full", "../x", "/etc/passwd", "model.safetensors", "\x1b[31m", "é" * 50,
     "x" * 5000, [], {}, [0], [2**40], [-1], {"salient_columns": 3}, {"salient_columns": 2**40}, {"": None}, [[]], [None] * 3,
 )  # fmt: skip
+RECORD = MatrixRecord("model.layers.0.x", 0, "x", 8, 8, 100, SolveRecord(0.1, 0.1, 0.01, False, 0, 1, 2.0, 0.1), 9)
+REPORT = ArbReport({"method": "arb"}, "me/x", 1, 9, [RECORD], coverage=Coverage((Matrix("x", 0, 64),), 10))
+REPORT.add(Measurement("perplexity", "text", "all", 10.0))
 DTYPES = ("I32", "U8", "I8", "F16", "BF16", "F32", "F64", "I64", "BOOL", "F8_E4M3", "X9", "")
 
 
@@ -37,6 +43,8 @@ def damage(random: Random, folder: Path) -> str:
     name = random.choice(NAMES)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(GOLDEN / name, folder)
+    REPORT.to_json(folder / REPORT_FILE)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 5, "do_sample": false, "eos_token_id": [1, 2]}')
     done = []
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         with contextlib.suppress(
@@ -161,6 +169,15 @@ def config(random: Random, folder: Path) -> str:
     return f"config.json: {done}"
 
 
+def other_json(random: Random, folder: Path) -> str:
+    """Any value of the record of the run, or of what to generate with."""
+    path = folder / random.choice((REPORT_FILE, "generation_config.json"))
+    tree = json.loads(path.read_text())
+    done = _change(random, tree)
+    path.write_text(json.dumps(tree))
+    return f"{path.name}: {done}"
+
+
 def text(random: Random, folder: Path) -> str:
     """Bytes of a JSON file, its end, or its nesting."""
     path = random.choice(sorted(folder.glob("*.json")))
@@ -221,6 +238,7 @@ def files(random: Random, folder: Path) -> str:
 
 DAMAGES: tuple[Callable[[Random, Path], str], ...] = (
     cut, bytes_of_file, bytes_of_file, tensor_values, tensor_values, header, header, config, config, config, text, index, files,
+    other_json,
 )  # fmt: skip
 
 

@@ -90,10 +90,15 @@ def _checked(weight: Tensor) -> Tensor:
         raise ArbCalibrationError(
             f"a weight matrix has two dimensions, none empty; this one has shape {list(weight.shape)}"
         )
+    require_finite_weight(weight)
+    return weight.detach().to(torch.float32)
+
+
+def require_finite_weight(weight: Tensor) -> None:
+    """Raise :class:`ArbCalibrationError` if a weight holds NaN or infinite entries."""
     if not torch.isfinite(weight.sum(dtype=torch.float64)):  # one pass; float64 holds any sum of finite weights
         bad = int((~torch.isfinite(weight)).sum())
         raise ArbCalibrationError(f"the weight is not finite: {bad} of {weight.numel()} entries are NaN or infinite")
-    return weight.detach().to(torch.float32)
 
 
 def in_units(weight: Tensor) -> tuple[Tensor, float]:

@@ -148,6 +148,7 @@ class BinaryWeight:
             ArbCalibrationError: scales that are too large or too small for their type.
         """
         name = self.form.scale_dtype
+        parts: list[Tensor | None]
         if name == "int8":  # codes fit always, the largest magnitudes that they count in are float16
             dtype, parts = ABSMAX_DTYPE, [self.settled().row_parameters.abs().amax(-1)]
         else:
