@@ -49,7 +49,7 @@ compat: $(VENV)-oldest/installed
 $(VENV)-oldest/installed: pyproject.toml setup.cfg .ci/oldest.txt $(wildcard arb_hf/csrc/*)
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[data,plot]' hypothesis pytest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[data,gguf,plot]' hypothesis pytest
 	touch $@
 
 clean:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .calibrate.offload import Placement, offload_folder
+from .calibrate.offload import Placement, keep_stored_types, offload_folder
 from .calibrate.run import binarize_model
 from .checkpoint import Entry, check_model, check_stacks, check_values, read_entries
 from .config import ArbConfig
@@ -55,6 +55,7 @@ class ArbHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             check_values(model, self.entries)
+            keep_stored_types(model)
         else:
             config = self.quantization_config
             skip = self.get_modules_to_not_convert(model, config.modules_to_not_convert, add_default_skips=True)
