@@ -63,7 +63,7 @@ def drive(path: str, seconds: float, seed: int) -> None:
         isa = random.randrange(library.arb_cpu_isa() + 1)
         native.isa = lambda isa=isa: isa  # type: ignore[assignment]
         print(f"seed {seed + count}", file=sys.stderr, flush=True)
-        random.choice((kernels, kernels, searches, updates))(random, torch)
+        random.choice((kernels, kernels, kernels, searches, updates, matrices))(random, torch)
         count += 1
     missing = exports() - library.calls.keys()
     print(f"{count} rounds in {seconds:.0f} s under AddressSanitizer and UBSan, findings 0")
@@ -177,6 +177,23 @@ def updates(random: Random, torch: Any) -> None:
     member = (torch.rand(n, c) < random.choice((0.0, 0.1, 0.9, 1.0))).float()
     native.fit_means(values, member, random.choice((1, 2)), random.choice((0, 1, 3)))
     native.fit_scales(values, member, random.choice((0, 1, 3)))
+
+
+def matrices(random: Random, torch: Any) -> None:
+    """Whole matrices, by every method and refinement."""
+    from arb_hf.binarize import BinarizeOptions, binarize_weight
+    from arb_hf.binarize.options import METHODS, REFINEMENTS
+
+    n, m = random.choice((1, 3, 33, 130)), random.choice((1, 2, 31, 33, 65, 150))
+    inputs = torch.randn(2 * m, m)
+    options = BinarizeOptions(
+        method=random.choice(METHODS), refinement=random.choice(REFINEMENTS), block_size=random.choice((32, 64, 128)),
+        group_bitmap=random.random() < 0.7, column_group_bitmap=random.random() < 0.5, iterations=2,
+        max_salient_columns=random.choice((1, 2, 20, 200)), salient_metric=random.choice(("hessian", "magnitude")),
+        scale_dtype=random.choice(("float32", "float16", "int8")),
+    )  # fmt: skip
+    weight = torch.randn(n, m) * (torch.rand(n, m) < random.choice((0.1, 1.0)))
+    binarize_weight(weight, random.choice((None, inputs.T @ inputs)), options)
 
 
 def main() -> int:

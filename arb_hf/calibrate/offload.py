@@ -81,7 +81,7 @@ class Placement:
         devices = set(map(str, device_map.values()))
         if devices == {"cpu"}:
             if hasattr(model, "hf_device_map"):  # of the loading: transformers 5.0 sized the full-precision model
-                model.hf_device_map = device_map
+                model.hf_device_map = device_map  # type: ignore[assignment]
             return
         if len(devices) == 1 and "disk" not in devices:
             nn.Module.to(model, _device(next(iter(device_map.values()))))
@@ -193,11 +193,12 @@ def keep_stored_types(model: nn.Module) -> None:
 
     transformers 5.0 has it cast everything to the model's dtype, planes of bits too: the outputs would be noise.
     """
-    for module in model.modules():
-        for hook in _offload_hooks(module) if isinstance(module, BinaryLinear) else ():
-            index = getattr(hook.weights_map.dataset, "index", {})
+    for module in [each for each in model.modules() if isinstance(each, BinaryLinear)]:
+        for hook in _offload_hooks(module):
+            index = getattr(getattr(hook.weights_map, "dataset", None), "index", {})
+            prefix = getattr(hook.weights_map, "prefix", "")
             for part, (_, dtype) in module.form.tensors().items():
-                entry = index.get(f"{hook.weights_map.prefix}{part}", {})
+                entry = index.get(f"{prefix}{part}", {})
                 if "dtype" in entry:
                     entry["dtype"] = str(dtype).removeprefix("torch.")
 
