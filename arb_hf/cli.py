@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from . import evaluate as evaluation
+from .calibrate.data import load_tokenizer
 from .config import ArbConfig
 from .export import export_dense, export_gguf
 from .hub import from_pretrained, load_report, push_folder, save_pretrained, write_card
@@ -241,7 +242,7 @@ def _naming(model: str) -> Iterator[None]:
 
 def _tokenizer(model: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return load_tokenizer(model)
     except Exception as error:  # a model may come without one
         logger.warning("%s has no tokenizer that loads (%s)", model, type(error).__name__)
         return None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
@@ -88,6 +89,18 @@ def read_text(data: Any, tokenizer: Any = None, split: str = "train") -> str:
     if not text.strip():
         raise ArbCalibrationError("the text is empty")
     return text
+
+
+def load_tokenizer(name: str | os.PathLike) -> Any:
+    """The tokenizer of a name or folder.
+
+    Raises:
+        OSError: there is none; transformers 5.0 makes an empty one then.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise OSError(f"{name} has no tokenizer: the one made for it knows special tokens only")
+    return tokenizer
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:

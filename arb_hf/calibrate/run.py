@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import native
@@ -30,7 +30,7 @@ from ..nn.linears import expose_linears
 from ..report import ArbReport, MatrixRecord
 from .capture import LayerCalls, capture, run_layer
 from .checkpoint import LayerStore, changed_tensors, explained_stops, fingerprint, kept_digests
-from .data import Batch, load_batches
+from .data import Batch, load_batches, load_tokenizer
 from .decoder import find_decoder_layers, survey
 from .distributed import Processes
 from .matrices import binarize_matrices, require_finite
@@ -191,12 +191,12 @@ def _progress(total: int, processes: Processes) -> Any:
 
 def _load_data(model: PreTrainedModel, config: ArbConfig) -> list[Batch]:
     @functools.cache
-    def load_tokenizer() -> Any:
+    def own_tokenizer() -> Any:
         tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
         if not isinstance(tokenizer, str | os.PathLike):
             return tokenizer
         try:
-            return AutoTokenizer.from_pretrained(tokenizer)
+            return load_tokenizer(tokenizer)
         except Exception as error:
             raise ArbCalibrationError(
                 f"no tokenizer could be loaded from {tokenizer!r} ({type(error).__name__}); "
@@ -205,7 +205,7 @@ def _load_data(model: PreTrainedModel, config: ArbConfig) -> list[Batch]:
 
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
-    return load_batches(config, load_tokenizer, text_config.vocab_size, limit)
+    return load_batches(config, own_tokenizer, text_config.vocab_size, limit)
 
 
 def _versions() -> dict[str, str]:
