@@ -275,12 +275,20 @@ def push_folder(
         )
     except Exception as error:  # a boundary: HTTP, sockets and files fail in many types
         raise ArbUploadError(
-            f"{_cause(error, repo_id)}. Nothing is lost: the model is whole in {folder}. "
+            f"{_cause(_origin(error), repo_id)}. Nothing is lost: the model is whole in {folder}. "
             f"Go on with: arb-hf push {folder} {repo_id}"
         ) from error
 
 
-def _cause(error: Exception, repo_id: str) -> str:
+def _origin(error: BaseException) -> BaseException:
+    """The Hub's answer, where huggingface_hub wrapped it in an error of its own; else the error."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, HfHubHTTPError):
+        found = found.__cause__
+    return error if found is None else found
+
+
+def _cause(error: BaseException, repo_id: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     said = str(error).strip().partition("\n")[0]
     if isinstance(error, GatedRepoError) or status == 403:
