@@ -34,7 +34,7 @@ def example(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
-    save_byte_model(folder / "dense")
+    save_byte_model(folder / "dense", max_position_embeddings=512)
     (folder / "calibration.txt").write_text(words(200))
     (folder / "held_out.txt").write_text(words(400)[600:])
     return folder
