@@ -199,19 +199,26 @@ def generation(directory: str, prompt: int, new: int, rounds: int) -> dict:
 
 
 RESIDENT = """
-import gc, json, re, sys, torch
+import ctypes, gc, json, re, sys, tempfile, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-import arb_hf
+from arb_hf import ArbConfig
 torch.set_num_threads(1)
 def resident():
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free is nobody's
     return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
 ids = torch.arange(1, 65)[None]
 def generate(model):
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0)
-config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128)
-generate(LlamaForCausalLM(config).to(torch.bfloat16))  # what the libraries themselves take is not the model's
+    options = dict(max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+# What the libraries themselves take is not the model's: first all of it once with a tiny one.
+with tempfile.TemporaryDirectory() as tiny:
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tiny + "/dense")
+    config = ArbConfig(dataset=ids, iterations=1)
+    AutoModelForCausalLM.from_pretrained(tiny + "/dense", quantization_config=config).save_pretrained(tiny + "/packed")
+    generate(AutoModelForCausalLM.from_pretrained(tiny + "/packed", dtype=torch.bfloat16))
 start = resident()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 loaded = resident()

@@ -1,6 +1,6 @@
 """Two processes against one: how much faster a run gets when it is shared out.
 
-    python examples/benchmarks/processes.py [--quick] [--hidden 512] [--layers 3] [--rounds 3]
+    python examples/benchmarks/processes.py [--quick] [--hidden 1024] [--layers 3] [--rounds 3]
 
 A random LLaMA-shaped checkpoint is binarized by one process and by two of one thread each, in turn, with `accelerate`'s
 environment variables and gloo. Printed per round: the ratio of wall times, which needs two idle cores, and the ratio of
@@ -62,9 +62,9 @@ def run(command: list[str], count: int) -> list[tuple[float, float, list[float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round of two layers of hidden size 256")
