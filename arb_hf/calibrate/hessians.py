@@ -113,7 +113,7 @@ def accumulate(
     """
     groups = _own_moments(layer, linears, calls, index)
     sequences = sum(call.hidden.shape[0] for call in calls)
-    experts = [expert for each in _expert_lists(layer) for expert in each]
+    experts = [expert for each in expert_lists(layer) for expert in each]
     of_experts = {id(module) for expert in experts for module in expert.modules()}
     seen = {name for group in groups for name in group.names}
     for name, linear in linears.items():
@@ -159,7 +159,7 @@ def _own_moments(
 
 def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[LayerCalls], index: int) -> None:
     """Show starved experts the tokens of all experts of their list, as if routed to them."""
-    lists = [(each, [e for e in each if any(m in starved for m in e.modules())]) for each in _expert_lists(layer)]
+    lists = [(each, [e for e in each if any(m in starved for m in e.modules())]) for each in expert_lists(layer)]
     showing = False
 
     def lend(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
@@ -191,7 +191,7 @@ def _hungry(group: InputGroup) -> bool:
     return group.lent.tokens < ENOUGH_TOKENS * group.inputs
 
 
-def _expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
+def expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
     """The experts of each mixture in a decoder layer, whether they came as stacks or as a list of modules."""
     lists: list[list[nn.Module]] = []
     for name, module in layer.named_modules():

@@ -43,11 +43,17 @@ class Spool:
         self._free = _mapped_file(file_bytes, directory or tempfile.gettempdir()) if file_bytes else None
         self._recent: dict[tuple, deque[Tensor]] = {}
 
-    def keep(self, call: LayerCalls) -> LayerCalls:
-        """The call with its hidden states in the spool and its arguments shared with earlier batches where equal."""
+    def keep(self, call: LayerCalls, reference: bool = False) -> LayerCalls:
+        """The call with its hidden states in the spool and its arguments shared with earlier batches where equal.
+
+        Args:
+            reference: keep the hidden states a second time, to be followed through the full-precision model.
+        """
         seen: dict[int, Tensor] = {}
         arguments = tree_map(lambda value: self._shared(value, seen), call.arguments)
-        return replace(call, hidden=self._kept(call.hidden.to("cpu")), arguments=arguments)
+        hidden = call.hidden.to("cpu")
+        second = self._kept(hidden) if reference else None
+        return replace(call, hidden=self._kept(hidden), arguments=arguments, reference=second)
 
     def _kept(self, hidden: Tensor) -> Tensor:
         size = -(-hidden.nbytes // ALIGNMENT) * ALIGNMENT
@@ -69,12 +75,11 @@ class Spool:
         return seen[id(value)]
 
 
-def update_hidden(call: LayerCalls, hidden: Tensor) -> None:
-    """Put a layer's output in the place of its input."""
-    if hidden.shape == call.hidden.shape and hidden.dtype == call.hidden.dtype:
-        call.hidden.copy_(hidden)
-    else:
-        call.hidden = hidden.to("cpu")
+def updated(place: Tensor, hidden: Tensor) -> Tensor:
+    """A layer's output, in the place of its input where it fits."""
+    if hidden.shape == place.shape and hidden.dtype == place.dtype:
+        return place.copy_(hidden)
+    return hidden.to("cpu")
 
 
 def _mapped_file(size: int, directory: str | os.PathLike) -> Tensor:

@@ -1,0 +1,310 @@
+"""Tuning of decoder layers by gradient: it lowers held-out losses, discards what does not, and is reproducible."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from arb_hf import ArbCalibrationError, ArbConfig
+from arb_hf.binarize import BinarizeOptions, binarize_weight
+from arb_hf.binarize.full import assemble, take_apart
+from arb_hf.binarize.latent import LatentWeight
+from arb_hf.binarize.refine import nearest_codes, nearest_levels
+from arb_hf.calibrate import tune
+from arb_hf.calibrate.capture import capture, run_layer
+from arb_hf.calibrate.data import Batch
+from arb_hf.calibrate.distributed import Processes
+from arb_hf.calibrate.tune import token_errors, tune_layer
+from arb_hf.nn import BinaryLinear
+from arb_hf.report import ArbReport
+from conftest import llama, token_samples
+
+FORMS = [
+    {"method": "arb-rc", "scale_dtype": "int8"},
+    {"method": "arb-rc", "column_group_bitmap": False},
+    {"method": "arb-x"},
+    {"method": "arb-rc", "group_bitmap": False, "column_group_bitmap": False},
+]
+
+
+def binary(dense, **options):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(300, dense.shape[1], generator=generator) * torch.rand(dense.shape[1], generator=generator)
+    options = BinarizeOptions(refinement="full", block_size=64, **options)
+    return binarize_weight(dense, inputs.T @ inputs, options).rounded()
+
+
+@pytest.fixture
+def dense():
+    return torch.randn(40, 168, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_blocks_come_apart_and_together(dense, options):
+    weight = binary(dense, **options)
+    again = assemble(take_apart(weight), weight.form)
+    assert torch.equal(again.dequantize(), weight.dequantize())
+    values = torch.cat([block.values() for block in take_apart(weight)]).T
+    torch.testing.assert_close(values, weight.dequantize())
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_nearest_levels_of_all_columns_at_once(dense, options):
+    for block in take_apart(binary(dense, **options)):
+        values = torch.randn(block.codes.shape, generator=torch.Generator().manual_seed(2))
+        codes = nearest_levels(block, values)
+        assert torch.equal(codes, nearest_codes(block, values).codes)
+        chosen = (values - dataclasses.replace(block, codes=codes).values()).abs()
+        for salient, where in ((False, ~block.salient), (True, block.salient)):
+            for code in block.coefficients(salient)[0]:
+                other = dataclasses.replace(block, codes=torch.full_like(block.codes, int(code))).values()
+                assert (chosen[where] <= (values - other)[where].abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_latent_weight_starts_as_it_was(dense, options):
+    weight = binary(dense, **options)
+    latent = LatentWeight(weight, dense)
+    torch.testing.assert_close(latent.dense(), weight.dequantize())
+    torch.testing.assert_close(latent.binary_weight().dequantize(), weight.dequantize(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_gradients_of_scales_are_exact_and_reach_every_latent_weight(dense, options):
+    latent = LatentWeight(binary(dense, **options), dense)
+    direction = torch.randn(dense.shape, generator=torch.Generator().manual_seed(3))
+    (latent.dense() * direction).sum().backward()
+    torch.testing.assert_close(latent.shifts.grad, direction.T * dense.square().mean(1).sqrt())
+    for scale in latent.scales:
+        with torch.no_grad():
+            step = 1e-3 * torch.randn(scale.shape, generator=torch.Generator().manual_seed(4))
+            scale += step
+            above = [block.values() for block in latent._coded(latent._start, stored=False)]
+            scale -= 2 * step
+            below = [block.values() for block in latent._coded(latent._start, stored=False)]
+            scale += step
+        changed = (torch.cat(above) - torch.cat(below)).T * direction / 2
+        # A scale that moves a boundary past a latent weight gives it another code; few are that close.
+        assert (scale.grad * step).sum().item() == pytest.approx(changed.sum().item(), abs=0.1 * changed.norm().item())
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A tiny model's second layer, and calls whose inputs have drifted from full precision."""
+    model = llama()
+    with torch.no_grad():
+        calls = list(capture(model, model.model.layers, [Batch(ids[None], None) for ids in token_samples(16)]))
+        generator = torch.Generator().manual_seed(0)
+        for call in calls:
+            full = run_layer(model.model.layers[0], call, 0)
+            call.hidden = full + 0.1 * full.std() * torch.randn(full.shape, generator=generator)
+            call.reference = run_layer(model.model.layers[1], call, 1, full)
+    return model.model.layers[1], calls
+
+
+def tuned(scene, steps=24, seed=0, calls=None, **options):
+    layer, every = scene
+    linears = {name: each for name, each in layer.named_modules() if isinstance(each, torch.nn.Linear)}
+    chosen = BinarizeOptions(refinement="full", block_size=64, **options)
+    weights = {name: binarize_weight(each.weight, None, chosen) for name, each in linears.items()}
+    norms = {name: p for name, p in layer.named_parameters() if p.dim() == 1}
+    try:
+        found, record = tune_layer(layer, weights, calls or every, 1, steps, seed, Processes())
+        after = {name: layer.get_parameter(name).clone() for name in norms}
+    finally:
+        for name, parameter in norms.items():
+            module, _, key = name.rpartition(".")
+            setattr(layer.get_submodule(module), key, parameter)
+    return weights, found, record, after
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", FORMS)
+def test_tuning_lowers_the_held_out_loss_of_what_is_stored(scene, options):
+    state = torch.random.get_rng_state()
+    before = {name: p.clone() for name, p in scene[0].named_parameters()}
+    weights, found, record, norms = tuned(scene, **options)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], p) for name, p in scene[0].named_parameters())
+    assert record.after < 0.95 * record.before
+    assert {name: weight.form for name, weight in found.items()} == {name: w.form for name, w in weights.items()}
+    packed = {f"{n}.weight": BinaryLinear.from_binary_weight(w).binary_weight().dequantize() for n, w in found.items()}
+    losses = [
+        token_errors(run_layer(scene[0], call, 1, parameters=packed | norms), call.reference, None)[0].item()
+        for call in scene[1][14:]
+    ]
+    assert sum(losses) / (2 * 48) == pytest.approx(record.after, rel=1e-5)
+
+
+@torch.no_grad()
+def test_tuning_is_reproducible_by_its_seed(scene):
+    first, same, other = (tuned(scene, seed=seed)[1] for seed in (0, 0, 1))
+    assert all(torch.equal(first[name].dequantize(), same[name].dequantize()) for name in first)
+    assert not all(torch.equal(first[name].dequantize(), other[name].dequantize()) for name in first)
+
+
+@torch.no_grad()
+def test_useless_steps_are_discarded(scene, monkeypatch):
+    monkeypatch.setattr(tune, "SCALE_RATE", 10.0)
+    norms = {name: p.clone() for name, p in scene[0].named_parameters() if p.dim() == 1}
+    weights, found, record, after = tuned(scene, steps=4)
+    assert record.after == record.before
+    assert all(found[name] is weight for name, weight in weights.items())
+    assert all(torch.equal(after[name], norm) for name, norm in norms.items())
+
+
+@torch.no_grad()
+def test_one_batch_cannot_be_held_out(scene):
+    weights, found, record, _ = tuned(scene, calls=scene[1][:1])
+    assert record.steps == 0
+    assert all(found[name] is weight for name, weight in weights.items())
+
+
+@torch.no_grad()
+def test_padding_takes_no_part(scene):
+    """What stands in padded places changes nothing."""
+    layer, calls = scene
+    mask = torch.ones(1, 48, dtype=torch.long)
+    mask[:, 40:] = 0
+    results = []
+    for noise in (0.0, 5.0):
+        changed = []
+        for call in calls:
+            reference = call.reference.clone()
+            reference[:, 40:] += noise
+            changed.append(dataclasses.replace(call, mask=mask, reference=reference))
+        results.append(tuned((layer, changed), steps=8))
+    assert results[0][2].after == results[1][2].after
+    assert all(torch.equal(w.dequantize(), results[1][1][name].dequantize()) for name, w in results[0][1].items())
+
+
+def test_no_token_outweighs_the_others():
+    out, target = torch.ones(1, 4, 8), torch.full((1, 4, 8), 2.0)
+    out[0, 2] = 1e6
+    out[0, 3] = torch.nan_to_num(torch.tensor(torch.inf))
+    total, count = token_errors(out[:, :3], target[:, :3], None)
+    assert count == 3
+    assert total.item() == pytest.approx(0.2 + 0.2 + 1.0)
+    total, count = token_errors(out[:, :3], target[:, :3], torch.tensor([[1, 1, 0]]))
+    assert (total.item(), count) == (pytest.approx(0.4), 2)
+
+
+def test_whole_model_comes_nearer_and_keeps_its_norms(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "dense")
+    ids = torch.stack(token_samples(4, seed=5))
+    with torch.no_grad():
+        wanted = model(ids).logits
+    errors = []
+    for steps in (0, 24):
+        config = ArbConfig(dataset=token_samples(16), refinement="full", tune_steps=steps)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=config, dtype=torch.float32
+        )
+        with torch.no_grad():
+            errors.append((loaded(ids).logits - wanted).square().mean().item())
+    assert errors[1] < 0.95 * errors[0]
+    report = loaded.arb_report
+    assert [each.layer for each in report.tuned] == [0, 1]
+    assert all(each.after < each.before for each in report.tuned)
+    assert "held-out loss" in report.table()
+    assert ArbReport.from_dict(report.to_dict()).tuned == report.tuned
+    loaded.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+def test_resumed_runs_keep_tuned_layers(tmp_path, monkeypatch):
+    from arb_hf.calibrate import run
+
+    tiny.save_model(tmp_path / "dense")
+    options = {"refinement": "full", "tune_steps": 4}
+    whole = tiny.binarize(tmp_path / "dense", **options)
+    with monkeypatch.context() as patch:
+
+        def stop(this, index, original=run.binarize_layer):
+            if index == 2:
+                raise KeyboardInterrupt
+            return original(this, index)
+
+        patch.setattr(run, "binarize_layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.binarize(tmp_path / "dense", checkpoint_dir=tmp_path / "checkpoint", **options)
+    resumed = tiny.binarize(tmp_path / "dense", checkpoint_dir=tmp_path / "checkpoint", **options)
+    tiny.assert_equal(tiny.saved(resumed, tmp_path / "a"), tiny.saved(whole, tmp_path / "b"))
+    seconds = {"seconds": 0.0}
+    before, after = ([each.__dict__ | seconds for each in model.arb_report.tuned] for model in (whole, resumed))
+    assert before == after
+    assert len(after) == tiny.LAYERS
+
+
+def test_layers_with_experts_are_left_out(tmp_path, caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=128,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                num_local_experts=2,
+            )
+        )
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="arb_hf"):
+        loaded = tiny.binarize(tmp_path, refinement="full", tune_steps=2)
+    assert not loaded.arb_report.tuned
+    assert "decoder layer 1 is not tuned" in caplog.text
+
+
+def test_published_modules_among_others_stay_as_published(tmp_path):
+    tiny.save_model(tmp_path, layers=1)
+    overrides = {"*.q_proj": {"refinement": "paper"}}
+    packed = [
+        tiny.binarize(tmp_path, refinement="full", tune_steps=steps, overrides=overrides).state_dict()
+        for steps in (0, 4)
+    ]
+    name = "model.layers.0.self_attn.{}.row_parameters"
+    assert torch.equal(*(each[name.format("q_proj")] for each in packed))
+    assert not torch.equal(*(each[name.format("k_proj")] for each in packed))
+
+
+def test_steps_by_default():
+    assert ArbConfig().tune_steps == 0
+    assert ArbConfig(refinement="full").tune_steps > 0
+    assert ArbConfig(refinement="full", tune_steps=0).tune_steps == 0
+    with pytest.raises(ValueError, match=r"tune_steps=3 .*refinement"):
+        ArbConfig(tune_steps=3)
+
+
+def test_gradients_are_averaged(monkeypatch):
+    from arb_hf.calibrate import distributed
+
+    def all_reduce(tensor):
+        tensor += 3.0
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    tensor = torch.ones(2)
+    Processes(0, 2).average(tensor)
+    assert tensor.tolist() == [2.0, 2.0]
+    Processes().average(tensor)
+    assert tensor.tolist() == [2.0, 2.0]
+
+
+def test_failed_communication_names_the_process(monkeypatch):
+    from arb_hf.calibrate import distributed
+
+    def broken(*_):
+        raise RuntimeError("connection closed")
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", broken)
+    with pytest.raises(ArbCalibrationError, match="process 0 of 2"):
+        Processes(0, 2).average(torch.ones(1))
