@@ -16,9 +16,6 @@ from .full import assemble, spans, take_apart
 from .refine import CodedBlock, nearest_levels, round_scales
 from .weight import BinaryWeight
 
-INSIDE = 0.7  # of the way from its level to the dense weight, again and again until the weight's code is the nearest
-ATTEMPTS = 12
-
 
 class LatentWeight:
     """One matrix in training.
@@ -28,20 +25,20 @@ class LatentWeight:
 
     Args:
         weight: where training starts.
-        dense: ``[n, m]``, the full-precision weight. Latent weights start there, or where its code is not that of the
-            nearest level (errors of other columns had to be made up for), on the way there from the level it has.
+        start: ``[n, m]``, the latent weights, of which every weight's level should be the nearest. Coordinate descent
+            leaves such: what each weight would best be while the others stay.
 
     Attributes:
         scales: relative steps of row parameters and column scales, a pair of tensors per block.
         shifts: relative steps of the latent weights ``[m, n]``.
     """
 
-    def __init__(self, weight: BinaryWeight, dense: Tensor) -> None:
+    def __init__(self, weight: BinaryWeight, start: Tensor) -> None:
         self.form = weight.form
         self._blocks = take_apart(weight)
         self._spans = spans(self.form.in_features, self.form.block_size)
-        self._start = _inside_cells(self._blocks, self._spans, dense.T.to(torch.float32))
-        self._unit = dense.to(torch.float32).square().mean(1).sqrt()
+        self._start = start.T.to(torch.float32).contiguous()
+        self._unit = weight.dequantize().square().mean(1).sqrt()
         self.shifts = torch.zeros_like(self._start, requires_grad=True)
         self.scales = [
             torch.zeros_like(scale, requires_grad=True) for block in self._blocks for scale in self._scales(block)
@@ -85,16 +82,3 @@ class LatentWeight:
         if self.form.mean_slots:  # means may be near 0; what they can move by is a part of the scales beside them
             unit[self.form.scale_slots :] = unit[: self.form.scale_slots].mean(0)
         return unit
-
-
-def _inside_cells(blocks: list[CodedBlock], places: list[slice], dense: Tensor) -> Tensor:
-    """The dense weights ``[m, n]``, moved towards their levels until each is nearest to the level it has."""
-    latent = dense.clone()
-    for block, span in zip(blocks, places, strict=True):
-        values, part = block.values(), latent[span]
-        outside = nearest_levels(block, part) != block.codes
-        for _ in range(ATTEMPTS):
-            part = torch.where(outside, values + INSIDE * (part - values), part)
-            outside = nearest_levels(block, part) != block.codes
-        latent[span] = torch.where(outside, values, part)
-    return latent

@@ -142,13 +142,13 @@ def _own_moments(
             leader = leader_of.setdefault(name, name)
             seen[id(states)] = states, leader
             group = groups.setdefault(leader, InputGroup([], module.in_features, sequences))
-            group.own.add(_unpadded(states, mask))
+            group.own.add(unpadded(states, mask))
         if leader != seen[id(states)][1]:
             raise ArbCalibrationError(f"{name} shares its input with {leader} in one batch and not in another")
         if name not in groups[leader].names:
             groups[leader].names.append(name)
 
-    with _hooks((linear, functools.partial(hook, name)) for name, linear in linears.items()):
+    with input_hooks((linear, functools.partial(hook, name)) for name, linear in linears.items()):
         for call in calls:
             mask = call.mask
             with _padding_unrouted(layer, mask):
@@ -177,8 +177,10 @@ def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[La
         showing = False
 
     with (
-        _hooks((linear, lend) for linear in starved),
-        _hooks((expert, functools.partial(show, hungry)) for experts, hungry in lists if hungry for expert in experts),
+        input_hooks((linear, lend) for linear in starved),
+        input_hooks(
+            (expert, functools.partial(show, hungry)) for experts, hungry in lists if hungry for expert in experts
+        ),
     ):
         for call in calls:
             if not any(_hungry(group) for group in starved.values()):
@@ -203,7 +205,7 @@ def expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
 
 
 @contextmanager
-def _hooks(pairs) -> Iterator[None]:
+def input_hooks(pairs) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
     try:
         yield
@@ -225,11 +227,11 @@ def _padding_unrouted(layer: nn.Module, mask: Tensor | None) -> Iterator[None]:
         return args[0], args[1].masked_fill(padding[:, None], module.stacks.count), args[2]
 
     modules = [] if mask is None else [each for each in layer.modules() if isinstance(each, BinaryExperts)]
-    with _hooks((module, hide) for module in modules):
+    with input_hooks((module, hide) for module in modules):
         yield
 
 
-def _unpadded(states: Tensor, mask: Tensor | None) -> Tensor:
+def unpadded(states: Tensor, mask: Tensor | None) -> Tensor:
     """Inputs as rows ``[tokens, features]`` without those of padding, where they can be told apart."""
     rows = states.reshape(-1, states.shape[-1])
     if mask is None or mask.numel() != rows.shape[0]:

@@ -7,6 +7,7 @@ place, so that a layer also makes up for the drift of those before it. The forma
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -21,11 +22,13 @@ from ..binarize.latent import LatentWeight
 from ..report import TuneRecord
 from .capture import LayerCalls, run_layer
 from .distributed import Processes
+from .hessians import input_hooks, unpadded
 
 logger = logging.getLogger(__name__)
 # Of Adam, relative to the size of what is tuned; both fall to 0 along a cosine.
 SCALE_RATE, LATENT_RATE = 3e-3, 3e-2
 BETAS = (0.9, 0.95)
+DAMPING = 0.01  # of H, where latent weights start
 STEP_TOKENS = 2048  # about, over all processes
 HELD_OUT = 8  # one batch in so many is held out
 CHECKS = 4  # times that the held-out loss is measured
@@ -91,7 +94,8 @@ def tune_layer(
     before = lowest = held_out_loss(best)
     if steps < 1 or not all(processes.gather(bool(training))):
         return dict(weights), TuneRecord(index, before, before, 0, time.perf_counter() - begin)
-    latents = {name: LatentWeight(weight, layer.get_parameter(f"{name}.weight")) for name, weight in best.items()}
+    starts = best_alone(layer, best, calls, index, processes)
+    latents = {name: LatentWeight(weight, starts.pop(name)) for name, weight in best.items()}
     best, kept_norms = dict(weights), {}
     descent = _Descent(list(latents.values()), list(norms.values()), steps, processes)
     for step, batches in enumerate(_batches(training, steps, seed, processes)):
@@ -108,6 +112,36 @@ def tune_layer(
     for name, value in kept_norms.items():
         _replace(layer, name, value)
     return best, TuneRecord(index, before, lowest, steps, time.perf_counter() - begin)
+
+
+def best_alone(
+    layer: nn.Module, weights: Mapping[str, BinaryWeight], calls: Sequence[LayerCalls], index: int, processes: Processes
+) -> dict[str, Tensor]:
+    """What each weight would best be while all others stay: ``Q + (W - Q) H / diag(H)``, ``[n, m]`` by name.
+
+    Where H takes part only through two products, so that one pass over the batches gives them and no H is held.
+    """
+    found = {name: weight.dequantize() for name, weight in weights.items()}
+    errors = {name: layer.get_parameter(f"{name}.weight").float() - found[name] for name in found}
+    pulls = {name: torch.zeros_like(error) for name, error in errors.items()}
+    energies = {name: error.new_zeros(error.shape[1]) for name, error in errors.items()}
+    mask: Tensor | None = None
+
+    def add(name: str, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        rows = unpadded(args[0], mask).to(torch.float32)
+        pulls[name].addmm_((rows @ errors[name].T).T, rows)
+        energies[name] += rows.square().sum(0)
+
+    with torch.no_grad(), input_hooks((layer.get_submodule(name), functools.partial(add, name)) for name in found):
+        for call in calls:
+            mask = call.mask
+            run_layer(layer, call, index)
+    for name, start in found.items():
+        processes.average(pulls[name])
+        processes.average(energies[name])
+        damping = (DAMPING * energies[name].mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        start += (pulls[name] + damping * errors[name]) / (energies[name] + damping)
+    return found
 
 
 def token_errors(out: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
