@@ -168,8 +168,9 @@ def take_apart(weight: BinaryWeight) -> list[CodedBlock]:
         if weight.column_scales is not None:
             columns[: form.groups] = weight.column_scales[:, span]
             for group, order in itertools.product(range(form.salient_groups), range(2)):
-                slot = form.salient_scale_slot(group, order)
-                columns[slot, salient[span]] = weight.salient_scale(group, order, span, of_salient)
+                scale = weight.salient_scale(group, order, span, of_salient)
+                assert scale is not None
+                columns[form.salient_scale_slot(group, order), salient[span]] = scale
         blocks.append(CodedBlock(form, salient[span], codes[span], weight.row_parameters[index], columns))
     return blocks
 

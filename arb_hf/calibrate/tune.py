@@ -181,9 +181,8 @@ def _backward(layer: nn.Module, batches: Sequence[LayerCalls], index: int, given
         total, count = _errors(layer, call, index, leaves)
         total.backward()
         tokens += count
-    reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
-    gradients = [leaves[name].grad / max(tokens, 1) for name in reached]
-    torch.autograd.backward([given[name] for name in reached], gradients)
+    gradients = {name: leaf.grad / max(tokens, 1) for name, leaf in leaves.items() if leaf.grad is not None}
+    torch.autograd.backward([given[name] for name in gradients], list(gradients.values()))
 
 
 class _Descent:
