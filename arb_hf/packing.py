@@ -44,7 +44,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .binarize.weight import BinaryWeight, decode_columns, decode_rows, encode_columns, encode_rows
+from .binarize.weight import BinaryWeight, as_signs, decode_columns, decode_rows, encode_columns, encode_rows
 from .form import WORD, BinaryForm
 
 FORMAT_VERSION = 1
@@ -64,10 +64,10 @@ def pack_bits(bits: Tensor) -> Tensor:
     words = -(-k // WORD)
     padded = torch.zeros(n, words * WORD, dtype=torch.bool, device=bits.device)
     padded[:, :k] = bits
-    weights = torch.ones(WORD, dtype=torch.int64, device=bits.device) << torch.arange(WORD, device=bits.device)
-    # The sum is a 32-bit pattern; the cast to int32 keeps its low bits.
-    rows = [(padded[:, w * WORD : (w + 1) * WORD] * weights).sum(1).to(torch.int32) for w in range(words)]
-    return torch.stack(rows) if rows else torch.zeros(0, n, dtype=torch.int32, device=bits.device)
+    # Halves of a word are sums of powers of two that float32 holds exactly, and a matrix product is the fast way there.
+    powers = 2.0 ** torch.arange(WORD // 2, dtype=torch.float32, device=bits.device)
+    low, high = (padded.view(n, words, 2, WORD // 2).to(torch.float32) @ powers).to(torch.int32).unbind(-1)
+    return (low | high << WORD // 2).T.contiguous()
 
 
 def unpack_bits(words: Tensor, count: int) -> Tensor:
@@ -130,20 +130,17 @@ def unpack(tensors: dict[str, Tensor], form: BinaryForm) -> BinaryWeight:
     order = stored_order(salient, form.block_size)
     back = torch.argsort(order)
 
-    def signs(bits: Tensor) -> Tensor:
-        return bits.to(torch.int8) * 2 - 1
-
     groups = None
     if form.groups == 1:
-        second_signs = signs(unpack_bits(tensors["second_plane"], c))
+        second_signs = as_signs(unpack_bits(tensors["second_plane"], c))
     else:
         groups = unpack_bits(tensors["second_plane"], m)[:, back]
-        second_signs = signs(groups[:, salient])
+        second_signs = as_signs(groups[:, salient])
         groups[:, salient] = unpack_bits(tensors["salient_groups"], c) if form.salient_groups == 2 else False
     columns = decode_columns(tensors.get("column_scales"))
     return BinaryWeight(
         form=form,
-        signs=signs(unpack_bits(tensors["weight"], m)[:, back]),
+        signs=as_signs(unpack_bits(tensors["weight"], m)[:, back]),
         second_signs=second_signs,
         groups=groups,
         salient=salient,

@@ -25,7 +25,7 @@ import arb_hf
 from arb_hf.binarize.hessian import HessianFactor, factorize
 from arb_hf.calibrate.capture import capture, run_layer
 from arb_hf.calibrate.data import Batch
-from arb_hf.calibrate.decoder import find_decoder_layers, find_linears
+from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.evaluate import perplexity
 
@@ -116,13 +116,18 @@ PEERS: dict[str, tuple[Callable[[Tensor, HessianFactor, int], Tensor], int]] = {
 }
 
 
+def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a decoder layer, by their name in it."""
+    return {name: module for name, module in layer.named_modules() if is_plain_linear(module)}
+
+
 @torch.no_grad()
 def round_model(model: Any, windows: list[Tensor], rounding: Callable, bits: int) -> None:
     """Round every linear of the decoder layers in place, layer after layer, each on the inputs the last ones leave."""
-    prefix, layers = find_decoder_layers(model)
-    calls = capture(model, layers, [Batch(window[None], None) for window in windows])
+    _, layers = find_decoder_layers(model)
+    calls = list(capture(model, layers, [Batch(window[None], None) for window in windows]))
     for index, layer in enumerate(layers):
-        linears: dict[str, nn.Linear] = dict(find_linears(layer, f"{prefix}.{index}", []))
+        linears = linears_of(layer)
         for group in accumulate(layer, linears, calls, index):
             factor = factorize(group.hessian(), linears[group.names[0]].in_features, 0.01)
             for name in group.names:
@@ -133,10 +138,10 @@ def round_model(model: Any, windows: list[Tensor], rounding: Callable, bits: int
 
 def peer_bits(model: Any, rounding: Callable, bits: int) -> float:
     """Stored bits per weight: codes, and a float16 scale and zero per group."""
-    prefix, layers = find_decoder_layers(model)
+    _, layers = find_decoder_layers(model)
     stored = weights = 0
-    for index, layer in enumerate(layers):
-        for _, linear in find_linears(layer, f"{prefix}.{index}", []):
+    for layer in layers:
+        for linear in linears_of(layer).values():
             n, m = linear.weight.shape
             size = GROUP if rounding is not hqq or m % GROUP == 0 else GROUP // 2
             stored += n * (m * bits + -(-m // size) * 32)

@@ -13,6 +13,11 @@ from ..form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
 INT8_LEVELS = 127
 
 
+def as_signs(bits: Tensor) -> Tensor:
+    """Booleans as int8: True is +1, False is -1."""
+    return bits.to(torch.int8).mul_(2).sub_(1)
+
+
 @dataclass(frozen=True)
 class BinaryWeight:
     """A binarized matrix ``[n, m]`` in column blocks; all tensors in the original column order.
@@ -68,22 +73,20 @@ class BinaryWeight:
         dense = torch.empty(self.shape, dtype=dtype, device=self.signs.device)
         for block, columns, salient_columns in self.blocks():
             salient = self.salient[columns]
-            values = torch.empty(self.signs[:, columns].shape, device=self.signs.device)
-            values[:, ~salient] = self._ordinary_values(block, columns)
+            values = self._ordinary_values(block, columns)
             values[:, salient] = self._salient_values(block, columns, salient_columns)
             dense[:, columns] = values.to(dtype)
         return dense
 
     def _ordinary_values(self, block: int, columns: slice) -> Tensor:
-        ordinary = ~self.salient[columns]
-        signs = self.signs[:, columns][:, ordinary].to(torch.float32)
+        """As if every column were ordinary, without copying those that are: what salient ones get is no value."""
+        signs = self.signs[:, columns].to(torch.float32)
+        everywhere = slice(None)
         values = [
-            self._level(block, signs, group, self._column_scale(group, columns, ordinary), self.form.mean_slot(group))
+            self._level(block, signs, group, self._column_scale(group, columns, everywhere), self.form.mean_slot(group))
             for group in range(self.form.groups)
         ]
-        if self.groups is None:
-            return values[0]
-        return torch.where(self.groups[:, columns][:, ordinary], values[1], values[0])
+        return values[0] if self.groups is None else torch.where(self.groups[:, columns], values[1], values[0])
 
     def _salient_values(self, block: int, columns: slice, salient_columns: slice) -> Tensor:
         salient = self.salient[columns]
@@ -107,7 +110,7 @@ class BinaryWeight:
             return value * column
         return value if mean_slot is None else value + self.row_parameters[block, mean_slot, :, None]
 
-    def _column_scale(self, row: int, columns: slice, where: Tensor) -> Tensor | None:
+    def _column_scale(self, row: int, columns: slice, where: Tensor | slice) -> Tensor | None:
         return None if self.column_scales is None else self.column_scales[row, columns][where]
 
     def salient_scale(self, group: int, order: int, columns: slice, salient_columns: slice) -> Tensor | None:
@@ -124,8 +127,8 @@ class BinaryWeight:
         weight = self.normalized() if self.form.scale_dtype == "int8" else self
         return replace(
             weight,
-            signs=torch.where(self.signs >= 0, 1, -1).to(torch.int8),
-            second_signs=torch.where(self.second_signs >= 0, 1, -1).to(torch.int8),
+            signs=as_signs(self.signs >= 0),
+            second_signs=as_signs(self.second_signs >= 0),
             row_parameters=decode_rows(*encode_rows(weight.row_parameters, self.form.scale_dtype)),
             column_scales=decode_columns(encode_columns(weight.column_scales, self.form.scale_dtype)),
             salient_column_scales=decode_columns(encode_columns(weight.salient_column_scales, self.form.scale_dtype)),

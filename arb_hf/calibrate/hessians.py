@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,13 +14,15 @@ from ..errors import ArbCalibrationError
 from ..nn import BinaryExperts
 from .capture import LayerCalls, run_layer
 
+# X^T X is symmetric: panels of its columns, each without the part above, save nearly half of the work.
+PANELS, NARROWEST_PANEL = 8, 192
 # An expert is shown the others' tokens until it has seen this many times its inputs.
 ENOUGH_TOKENS = 4
 
 
 @dataclass
 class Moment:
-    """A sum of X^T X ``[in, in]``, and the tokens in it.
+    """A sum of X^T X ``[in, in]``, of which only the upper triangle is kept up, and the tokens in it.
 
     Each X^T X is float32, their sum float64: in whatever order the batches come, alone or from several processes, it
     is the same to the last bit of the float32 it ends as, but for one entry in many millions. Binarizing makes discrete
@@ -33,9 +35,13 @@ class Moment:
     def add(self, rows: Tensor) -> None:
         """Add the rows of X ``[tokens, in]``."""
         rows = rows.to(torch.float32)
+        width = rows.shape[-1]
         if self.total is None:
-            self.total = torch.zeros(rows.shape[-1], rows.shape[-1], dtype=torch.float64, device=rows.device)
-        self.total += rows.T @ rows
+            self.total = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
+        panel = max(NARROWEST_PANEL, -(-width // PANELS))
+        for start in range(0, width, panel):
+            columns = slice(start, start + panel)
+            self.total[columns, start:] += rows[:, columns].T @ rows[:, start:]
         self.tokens += rows.shape[0]
 
 
@@ -77,7 +83,10 @@ class InputGroup:
         if self._missing and self.lent.total is not None:
             lent = self.lent.total * (self._missing / self.lent.tokens)
             total = lent if total is None else total + lent
-        return None if total is None else (total * (2 / self.sequences)).to(torch.float32)
+        if total is None:
+            return None
+        upper = (total * (2 / self.sequences)).to(torch.float32).triu_()
+        return upper + upper.triu(1).T
 
     def release(self) -> None:
         """Free the sums; the counts stay."""
@@ -133,9 +142,12 @@ def _own_moments(
     seen: dict[int, tuple[Tensor, str]] = {}  # inputs of the current pass, kept alive so that identity means sameness
     sequences = sum(call.hidden.shape[0] for call in calls)
     mask: Tensor | None = None
+    called: list[str] = []
+    last: int | None = None  # of how many calls in a pass, where that is known
 
     def hook(name: str, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
         states = args[0]
+        called.append(name)
         if id(states) in seen:
             leader = leader_of.setdefault(name, seen[id(states)][1])
         else:
@@ -147,14 +159,23 @@ def _own_moments(
             raise ArbCalibrationError(f"{name} shares its input with {leader} in one batch and not in another")
         if name not in groups[leader].names:
             groups[leader].names.append(name)
+        if len(called) == last:
+            raise _AllSeen
 
     with input_hooks((linear, functools.partial(hook, name)) for name, linear in linears.items()):
         for call in calls:
             mask = call.mask
-            with _padding_unrouted(layer, mask):
+            with _padding_unrouted(layer, mask), contextlib.suppress(_AllSeen):
                 run_layer(layer, call, index)
+            if last is None and sorted(called) == sorted(linears) and not expert_lists(layer):
+                last = len(called)  # each once, and the same in every pass: the rest of a pass gives nothing
             seen.clear()
+            called.clear()
     return list(groups.values())
+
+
+class _AllSeen(Exception):
+    """Every linear has got its input; the layer need not run to its end."""
 
 
 def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[LayerCalls], index: int) -> None:
@@ -204,7 +225,7 @@ def expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
     return lists
 
 
-@contextmanager
+@contextlib.contextmanager
 def input_hooks(pairs) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
     try:
@@ -214,7 +235,7 @@ def input_hooks(pairs) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _padding_unrouted(layer: nn.Module, mask: Tensor | None) -> Iterator[None]:
     """Send padding to no expert: the rows an expert sees do not tell which of them are padding."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,7 +21,7 @@ from .capture import LayerCalls
 from .distributed import Processes, Results
 from .hessians import InputGroup, accumulate, waves
 from .offload import return_freed_memory
-from .plan import hessian_budget
+from .plan import concurrent_groups, hessian_budget
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +59,41 @@ def binarize_matrices(
 def _binarize_groups(
     groups: list[InputGroup], linears: dict[str, nn.Linear], config: ArbConfig, owners: dict[str, int], rank: int
 ) -> Results:
-    results: Results = {}
-    while groups:  # each Hessian goes as soon as it has served
-        group = groups.pop(0)
-        names = [name for name in group.names if owners[name] == rank]
-        if names:
-            results |= binarize_group(dataclasses.replace(group, names=names), linears, config)
-        group.release()
-        return_freed_memory()
-    return results
+    def work(group: InputGroup) -> Results:
+        try:
+            return binarize_group(group, linears, config)
+        finally:  # each Hessian goes as soon as it has served
+            group.release()
+            return_freed_memory()
+
+    mine = [
+        dataclasses.replace(group, names=names)
+        for group in groups
+        if (names := [name for name in group.names if owners[name] == rank])
+    ]
+    groups.clear()
+    if not mine:
+        return {}
+    threads = torch.get_num_threads() if linears[mine[0].names[0]].weight.device.type == "cpu" else 1
+    workers = concurrent_groups([[linears[name] for name in group.names] for group in mine], threads)
+    # The longest first, so that all end at about the same time.
+    mine.sort(key=lambda group: -sum(linears[name].weight.numel() for name in group.names))
+    with _pool(workers, threads) as each:
+        return {name: result for results in each(work, mine) for name, result in results.items()}
+
+
+@contextlib.contextmanager
+def _pool(workers: int, threads: int) -> Iterator[Callable]:
+    """A ``map`` over worker threads that share out torch's threads; results in order."""
+    if workers == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def binarize_group(group: InputGroup, linears: dict[str, nn.Linear], config: ArbConfig) -> Results:

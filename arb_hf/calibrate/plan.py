@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import ArbConfig
@@ -28,6 +29,9 @@ FLOAT, DOUBLE = 4, 8  # bytes
 # many float32 copies of a weight and this many bytes per weight of what a whole layer has become.
 FACTOR_COPIES, SOLVE_COPIES, RESULT_BYTES = 4, 12, 4
 TUNE_COPIES = 9  # float32 copies of a layer's weights: latent, dense, their gradients, Adam's moments, intermediates
+# Matrices of which one takes less than this to binarize are shared out over the CPU's threads, larger ones have all
+# threads to themselves. Not by free memory: the same run must make the same choice, for the last bits of its sums.
+SMALL_WORK = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,17 @@ def hessian_budget(device: torch.device, processes: int) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * HESSIAN_SHARE)
     return int(psutil.virtual_memory().available * HESSIAN_SHARE / processes)
+
+
+def concurrent_groups(groups: Sequence[Sequence[nn.Linear]], threads: int) -> int:
+    """How many groups of linears with a common input to binarize at a time on the CPU, each on its share of threads."""
+    largest = max(_group_bytes(group) for group in groups)
+    return min(threads, len(groups)) if largest <= SMALL_WORK else 1
+
+
+def _group_bytes(group: Sequence[nn.Linear]) -> int:
+    factor = FLOAT * FACTOR_COPIES * group[0].in_features ** 2
+    return factor + SOLVE_COPIES * FLOAT * max(linear.weight.numel() for linear in group)
 
 
 def spool_folder(config: ArbConfig) -> str:

@@ -189,20 +189,34 @@ typedef struct {
     float *tile;
     SortedRow row;
     double *x, *gains;
-    int64_t *found, *bounds;
+    int64_t *found, *bounds, *same;
     Group *groups;
     Round *rounds;
 } Workspace;
 
-/* Both groups and their first rounds under every threshold. limits: for every threshold the smallest double above its
- * negative, then the threshold. */
-static void first_rounds(const Workspace *w, const double *limits, int64_t candidates, int64_t isa) {
+/* Splits under every threshold, equal ones in a row once: few columns make few. same[k]: the split of threshold k.
+ * limits: for every threshold the smallest double above its negative, then the threshold. */
+static int64_t distinct_splits(const Workspace *w, const double *limits, int64_t candidates, int64_t isa) {
+    int64_t count = 0;
+    locate_of[isa](w->row.value, w->row.width, limits, 2 * candidates, w->bounds);
+    for (int64_t k = 0; k < candidates; k++) {
+        int64_t low = w->bounds[2 * k], high = w->bounds[2 * k + 1];
+        if (high < low) high = low; /* crossed by a threshold of 0: no small group */
+        Group *last = w->groups + 2 * (count - 1);
+        if (count == 0 || last->low != low || last->high != high) {
+            w->groups[2 * count] = (Group){low, high, 0};
+            w->groups[2 * count + 1] = (Group){low, high, 1};
+            count++;
+        }
+        w->same[k] = count - 1;
+    }
+    return count;
+}
+
+/* The first rounds of all groups. */
+static void first_rounds(const Workspace *w, int64_t groups, int64_t isa) {
     SortedRow row = w->row;
-    int64_t groups = 2 * candidates;
-    locate_of[isa](row.value, row.width, limits, groups, w->bounds);
     for (int64_t i = 0; i < groups; i++) {
-        int64_t low = w->bounds[i & ~1], high = w->bounds[i | 1]; /* crossed by a threshold of 0: no small group */
-        w->groups[i] = (Group){low, high > low ? high : low, i & 1};
         Part all = members_below(row, w->groups[i], row.count);
         w->x[i] = all.count > 0 ? all.sum / all.count : 0;
     }
@@ -210,11 +224,20 @@ static void first_rounds(const Workspace *w, const double *limits, int64_t candi
     for (int64_t i = 0; i < groups; i++) w->rounds[i] = first_round(row, w->groups[i], w->x[i], w->found[i]);
 }
 
+/* The numbers of both groups, in w->x by split, to those of every threshold. */
+static void add_by_candidate(const Workspace *w, int64_t candidates, double *gains) {
+    for (int64_t k = 0; k < candidates; k++) {
+        gains[k] += w->x[2 * w->same[k]];
+        gains[k] += w->x[2 * w->same[k] + 1];
+    }
+}
+
 static void add_split_gains(const Workspace *w, const double *limits, int64_t candidates, int64_t order, int64_t isa,
                             double *gains) {
-    int64_t groups = 2 * candidates, *found = w->found;
-    first_rounds(w, limits, candidates, isa);
-    for (int64_t i = 0; i < groups; i++) gains[i / 2] += first_gain(w->rounds[i]);
+    int64_t groups = 2 * distinct_splits(w, limits, candidates, isa), *found = w->found;
+    first_rounds(w, groups, isa);
+    for (int64_t i = 0; i < groups; i++) w->x[i] = first_gain(w->rounds[i]);
+    add_by_candidate(w, candidates, gains);
     if (order == 1) return;
     double *low = w->x + groups, *high = low + groups;
     for (int64_t i = 0; i < groups; i++) {
@@ -224,7 +247,8 @@ static void add_split_gains(const Workspace *w, const double *limits, int64_t ca
     }
     locate_of[isa](w->row.value, w->row.width, low, 2 * groups, found + groups);
     for (int64_t i = 0; i < groups; i++)
-        gains[i / 2] += second_gain(w->row, w->groups[i], w->rounds[i], found[i], found[groups + i], found[2 * groups + i]);
+        w->x[i] = second_gain(w->row, w->groups[i], w->rounds[i], found[i], found[groups + i], found[2 * groups + i]);
+    add_by_candidate(w, candidates, gains);
 }
 
 /* Batcher's odd-even merge sort of `width` (a power of two) values in every lane. */
@@ -255,15 +279,17 @@ static int workspace_new(int64_t columns, int64_t candidates, Workspace *w) {
         .gains = malloc(sizeof(double) * groups / 2),
         .found = malloc(sizeof(int64_t) * 3 * groups),
         .bounds = malloc(sizeof(int64_t) * groups),
+        .same = malloc(sizeof(int64_t) * groups / 2),
         .groups = malloc(sizeof(Group) * groups),
         .rounds = malloc(sizeof(Round) * groups),
     };
-    return w->tile && w->row.value && w->row.sum && w->x && w->gains && w->found && w->bounds && w->groups && w->rounds;
+    return w->tile && w->row.value && w->row.sum && w->x && w->gains && w->found && w->bounds && w->same && w->groups &&
+           w->rounds;
 }
 
 static void workspace_free(Workspace *w) {
     free(w->tile), free(w->row.value), free(w->row.sum), free(w->x), free(w->gains), free(w->found), free(w->bounds);
-    free(w->groups), free(w->rounds);
+    free(w->same), free(w->groups), free(w->rounds);
 }
 
 /* The rows of a tile, every one in ascending order, and infinity where there are no rows or columns. */
@@ -388,22 +414,23 @@ static inline double output_error(const OutputRow *row, const Round *rounds) {
 }
 
 ARB_INLINE void add_output_errors(OutputRow *row, const float *x, const int64_t *columns, int64_t count,
-                                  const float *thresholds, int64_t candidates, const Round *rounds, double *errors) {
+                                  const float *thresholds, int64_t candidates, const int64_t *same, const Round *rounds,
+                                  double *errors) {
     memset(row->gram, 0, sizeof row->gram);
     for (int v = 0; v < VECTORS; v++) memset(row->product[v], 0, sizeof(double) * (size_t)row->width);
     for (int64_t j = 0; j < row->width; j++) row->x[j] = x[j];
     for (int64_t j = 0; j < row->width; j++) change_entry(row, PLANES, j, row->x[j]);
     for (int64_t i = 0; i < count; i++) row->group[i] = NOWHERE, row->sign[i] = 0;
     for (int64_t k = 0; k < candidates; k++) {
-        follow(row, columns, count, thresholds[k], rounds + 2 * k);
-        errors[k] += output_error(row, rounds + 2 * k);
+        follow(row, columns, count, thresholds[k], rounds + 2 * same[k]);
+        errors[k] += output_error(row, rounds + 2 * same[k]);
     }
 }
 
 ARB_DISPATCH(add_output_errors,
              (OutputRow * row, const float *x, const int64_t *columns, int64_t count, const float *thresholds,
-              int64_t candidates, const Round *rounds, double *errors),
-             (row, x, columns, count, thresholds, candidates, rounds, errors))
+              int64_t candidates, const int64_t *same, const Round *rounds, double *errors),
+             (row, x, columns, count, thresholds, candidates, same, rounds, errors))
 
 static int output_row_new(int64_t width, const double *second_moment, OutputRow *row) {
     double *room = malloc(sizeof(double) * (VECTORS + 1) * (size_t)width);
@@ -440,9 +467,9 @@ ARB_EXPORT int arb_output_errors(const float *block, const float *metric, const 
             sorted_tile(metric, rows, t, isa, &w);
             for (int64_t l = 0; l < tile_lanes(rows, t); l++) {
                 take_row(&w, l);
-                first_rounds(&w, limits, candidates, isa);
+                first_rounds(&w, 2 * distinct_splits(&w, limits, candidates, isa), isa);
                 add_output_errors_of[isa](&row, block + (t * LANES + l) * width, columns, count, thresholds, candidates,
-                                          w.rounds, partial + t * candidates);
+                                          w.same, w.rounds, partial + t * candidates);
             }
         }
         workspace_free(&w);

@@ -32,7 +32,7 @@ from arb_hf.binarize.refine import (
 )
 from arb_hf.calibrate.capture import capture, run_layer
 from arb_hf.calibrate.data import Batch
-from arb_hf.calibrate.decoder import find_decoder_layers, find_linears
+from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
 from arb_hf.calibrate.hessians import accumulate
 
 
@@ -98,16 +98,16 @@ def matrices(arguments: argparse.Namespace) -> list[tuple[str, Tensor, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = calibration_windows(calibration_tokens("wiki", arguments.data, tokenizer), 0)[: arguments.windows]
-    prefix, layers = find_decoder_layers(model)
-    calls = capture(model, layers, [Batch(window[None], None) for window in windows])
+    _, layers = find_decoder_layers(model)
+    calls = list(capture(model, layers, [Batch(window[None], None) for window in windows]))
     found = []
     for index, layer in enumerate(layers[: max(arguments.layers) + 1]):
         if index in arguments.layers:
-            linears = dict(find_linears(layer, f"{prefix}.{index}", []))
+            linears = {name: each for name, each in layer.named_modules() if is_plain_linear(each)}
             for group in accumulate(layer, linears, calls, index):
                 name, hessian = group.names[0], group.hessian()
                 assert hessian is not None
-                found.append((name.removeprefix(prefix + "."), linears[name].weight.data.float(), hessian))
+                found.append((f"{index}.{name}", linears[name].weight.data.float(), hessian))
         for call in calls:
             call.hidden = run_layer(layer, call, index)
     return found
