@@ -107,7 +107,7 @@ class ArbConfig(QuantizationConfigMixin):
         self.max_salient_columns = max_salient_columns
         self.damping = damping
         self.refinement = refinement
-        self.tune_steps = TUNE_STEPS.get(refinement, 0) if tune_steps is None else tune_steps
+        self.tune_steps: int = tune_steps  # type: ignore[assignment]
         self.dataset = dataset
         self.num_samples = num_samples
         self.sequence_length = sequence_length
@@ -141,6 +141,8 @@ class ArbConfig(QuantizationConfigMixin):
         self._integer("max_salient_columns", 1, MAX_BLOCK_SIZE)
         self._number("damping")
         self._one_of("refinement", REFINEMENTS)
+        if self.tune_steps is None:
+            self.tune_steps = TUNE_STEPS[self.refinement]
         self._integer("tune_steps", 0, 1_000_000)
         if self.tune_steps and self.refinement == "paper":
             self._refuse("tune_steps", '0 or None: refinement="paper" is the published algorithm; choose "full"')

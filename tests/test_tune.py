@@ -20,6 +20,7 @@ from arb_hf.calibrate.data import Batch
 from arb_hf.calibrate.distributed import Processes
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.calibrate.tune import best_alone, token_errors, tune_layer
+from arb_hf.light.parser import build_parser
 from arb_hf.nn import BinaryLinear
 from arb_hf.report import ArbReport, TuneRecord
 from conftest import llama, token_samples
@@ -325,6 +326,11 @@ def test_steps_by_default():
     assert ArbConfig(refinement="full", tune_steps=0).tune_steps == 0
     with pytest.raises(ValueError, match=r"tune_steps=3 .*refinement"):
         ArbConfig(tune_steps=3)
+
+
+def test_command_line_takes_the_steps():
+    argv = ["quantize", "model", "out", "--refinement", "full", "--tune-steps", "4"]
+    assert vars(build_parser(argv).parse_args(argv))["config.tune_steps"] == 4
 
 
 def test_gradients_are_averaged(monkeypatch):

@@ -37,6 +37,7 @@ from .matrices import binarize_matrices, require_finite
 from .offload import fetch_outside, on_device
 from .plan import check_plan, make_plan, spool_folder
 from .spool import Spool, updated
+from .stages import Stages
 from .tune import tune_layer
 
 logger = logging.getLogger(__name__)
@@ -214,27 +215,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-class Stages:
-    """Adds the seconds of ``with clock(stage):`` to a run's, and to those since :meth:`restart`."""
-
-    def __init__(self, total: dict[str, float]) -> None:
-        self.total = total
-        self.lap: dict[str, float] = {}
-
-    def restart(self) -> None:
-        self.lap = {}
-
-    def add(self, stage: str, seconds: float) -> None:
-        self.total[stage] = self.total.get(stage, 0.0) + seconds
-        self.lap[stage] = self.lap.get(stage, 0.0) + seconds
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.add(stage, time.perf_counter() - start)
 
 
 @contextmanager

@@ -179,10 +179,12 @@ def _backward(layer: nn.Module, batches: Sequence[LayerCalls], index: int, given
     tokens = 0
     for call in batches:
         total, count = _errors(layer, call, index, leaves)
-        total.backward()
+        if total.requires_grad:  # not so in layers whose kernels have no gradients
+            total.backward()
         tokens += count
     gradients = {name: leaf.grad / max(tokens, 1) for name, leaf in leaves.items() if leaf.grad is not None}
-    torch.autograd.backward([given[name] for name in gradients], list(gradients.values()))
+    if gradients:
+        torch.autograd.backward([given[name] for name in gradients], list(gradients.values()))
 
 
 class _Descent:
