@@ -47,10 +47,6 @@ class LatentWeight:
     def _scales(self, block: CodedBlock) -> list[Tensor]:
         return [block.rows, block.columns] if self.form.has_column_scales else [block.rows]
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [*self.scales, self.shifts]
-
     def dense(self) -> Tensor:
         """``[n, m]``, with gradients."""
         latent = torch.addcmul(self._start, self._unit, self.shifts)

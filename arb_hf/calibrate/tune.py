@@ -77,8 +77,8 @@ def tune_layer(
         processes the same. With fewer than two batches on a process nothing is tuned.
     """
     begin = time.perf_counter()
-    held, training = list(calls[len(calls) - max(1, len(calls) // HELD_OUT) :]), list(calls)
-    del training[len(calls) - len(held) :]
+    count = max(1, len(calls) // HELD_OUT)
+    training, held = calls[:-count], calls[-count:]
     norms = {name: _Norm.of(each) for name, each in _vectors(layer) if id(each) not in elsewhere}
 
     def parameters(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
