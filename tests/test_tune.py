@@ -15,10 +15,11 @@ from arb_hf.binarize.full import assemble, take_apart
 from arb_hf.binarize.latent import LatentWeight
 from arb_hf.binarize.refine import nearest_codes, nearest_levels
 from arb_hf.calibrate import distributed, run, tune
-from arb_hf.calibrate.capture import capture, run_layer
+from arb_hf.calibrate.capture import LayerCalls, capture, run_layer
 from arb_hf.calibrate.data import Batch
 from arb_hf.calibrate.distributed import Processes
 from arb_hf.calibrate.hessians import accumulate
+from arb_hf.calibrate.spool import Spool, updated
 from arb_hf.calibrate.tune import best_alone, token_errors, tune_layer
 from arb_hf.light.parser import build_parser
 from arb_hf.nn import BinaryLinear
@@ -277,6 +278,15 @@ def test_resumed_runs_keep_tuned_layers(tmp_path, monkeypatch):
     before, after = ([vars(each) | {"seconds": 0} for each in model.arb_report.tuned] for model in (whole, resumed))
     assert before == after
     assert len(after) == tiny.LAYERS
+
+
+def test_spool_keeps_both_models_states_apart():
+    states = torch.ones(1, 4, 8)
+    for size in (0, 2 * states.nbytes):
+        kept = Spool(size, None).keep(LayerCalls(states, {}, None, reference=states))
+        updated(kept.hidden, torch.zeros(1, 4, 8))
+        assert torch.equal(kept.reference, states)
+        assert kept.hidden.sum() == 0
 
 
 def test_layers_with_experts_are_left_out(tmp_path, caplog):

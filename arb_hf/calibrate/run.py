@@ -116,7 +116,10 @@ def binarize_model(
         stack.enter_context(_without_cache(model))
         with run.clock("capture"):
             fetch_outside(model, layers)
-            run.calls = [spool.keep(call, config.tune_steps > 0) for call in capture(model, layers, batches)]
+            calls = capture(model, layers, batches)
+            if config.tune_steps:
+                calls = (dataclasses.replace(call, reference=call.hidden) for call in calls)
+            run.calls = [spool.keep(call) for call in calls]
         called = sorted(run.calls[0].arguments)
         silent = [each.name for each in coverage.matrices if each.layer not in called]
         run.coverage = coverage.keeping(silent, "its layer is not called on text")

@@ -43,17 +43,12 @@ class Spool:
         self._free = _mapped_file(file_bytes, directory or tempfile.gettempdir()) if file_bytes else None
         self._recent: dict[tuple, deque[Tensor]] = {}
 
-    def keep(self, call: LayerCalls, reference: bool = False) -> LayerCalls:
-        """The call with its hidden states in the spool and its arguments shared with earlier batches where equal.
-
-        Args:
-            reference: keep the hidden states a second time, to be followed through the full-precision model.
-        """
+    def keep(self, call: LayerCalls) -> LayerCalls:
+        """The call with its hidden states in the spool and its arguments shared with earlier batches where equal."""
         seen: dict[int, Tensor] = {}
         arguments = tree_map(lambda value: self._shared(value, seen), call.arguments)
-        hidden = call.hidden.to("cpu")
-        second = self._kept(hidden) if reference else None
-        return replace(call, hidden=self._kept(hidden), arguments=arguments, reference=second)
+        reference = None if call.reference is None else self._kept(call.reference.to("cpu"))
+        return replace(call, hidden=self._kept(call.hidden.to("cpu")), arguments=arguments, reference=reference)
 
     def _kept(self, hidden: Tensor) -> Tensor:
         size = -(-hidden.nbytes // ALIGNMENT) * ALIGNMENT
