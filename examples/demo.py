@@ -83,7 +83,8 @@ def main() -> None:
 
     start = time.perf_counter()
     config = ArbConfig(
-        method="arb-rc",
+        refinement="full",
+        scale_dtype="int8",
         dataset=str(HERE / "data" / "wikitext2.calibration.raw"),
         num_samples=samples,
         sequence_length=512,

@@ -216,7 +216,10 @@ def main() -> None:
     windows = calibration_windows(calibration_tokens(arguments.calibration, arguments.data, tokenizer), arguments.seed)
     windows = windows[: 4 if arguments.quick else None]
     count = 4 if arguments.quick else EVALUATION_WINDOWS
-    rows = list(csv.DictReader(arguments.csv.open())) if arguments.csv.exists() else []
+    rows: list[dict[str, str]] = []
+    if arguments.csv.exists():
+        with arguments.csv.open(newline="") as file:
+            rows = list(csv.DictReader(file))
 
     def add(family: str, name: str, bits: float, value: float, seconds: float) -> None:
         row = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def example(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
-    save_byte_model(folder / "dense")
+    save_byte_model(folder / "dense", max_position_embeddings=512)
     (folder / "calibration.txt").write_text(words(200))
     (folder / "held_out.txt").write_text(words(400)[600:])
     return folder
@@ -64,3 +65,45 @@ def test_compare_methods(example, here):
     printed = example("compare_methods", here / "dense", *texts, "--forms", "billm", "arb-rc + CGB", "--plot", "m.png")
     assert [line.split()[0] for line in printed.splitlines()[1:]] == ["full", "billm", "arb-rc"]
     assert Path("m.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def benchmark(example, here, monkeypatch):
+    """Run a benchmark that takes ``--model`` and ``--data`` in its quick mode; returns what it printed."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    data = here / "texts"
+    data.mkdir(exist_ok=True)
+    for name, seed in (("wiki.valid.raw", 3000), ("wiki.test.raw", 2000)):
+        (data / name).write_text(words(seed))
+
+    def run(name, *arguments):
+        return example(name, "--model", here / "dense", "--data", data, *arguments)
+
+    return run
+
+
+def test_pareto(benchmark):
+    pytest.importorskip("matplotlib")
+    leave_out = ("--skip", "hqq", "billm", "arb-x", "arb-rc", "full, one", "full + CGB, few")
+    printed = benchmark("pareto", "--quick", *leave_out)
+    rows = [line.split(",")[1] for line in Path("pareto.csv").read_text().splitlines()[1:] if '"' not in line]
+    assert {"full", "full + CGB", "RTN 2 bits", "GPTQ-style 3 bits"} <= set(rows)
+    assert "full precision" in printed
+    assert Path("pareto.png").stat().st_size > 1000
+    assert "RTN" not in benchmark("pareto", "--quick", *leave_out), "points in the CSV are not run again"
+
+
+def test_protocol(benchmark):
+    printed = benchmark("benchmarks/protocol", "--quick", "--refinement", "full", "--option", 'scale_dtype="int8"')
+    assert [line.split()[0] for line in printed.splitlines()] == ["full", "method=arb-rc"]
+
+
+def test_time_of_a_whole_model(benchmark):
+    printed = benchmark("benchmarks/model", "--quick", "--threads", 1, "--json", "model.json")
+    assert "search + update" in printed
+    seconds = json.loads(Path("model.json").read_text())["seconds"]
+    assert {"capture", "H", "factor", "search", "update", "forward, inputs", "forward, binary"} <= seconds.keys()
+
+
+def test_ablation(benchmark):
+    assert "column feedback" in benchmark("benchmarks/ablation", "--layers", 0, "--windows", 1)

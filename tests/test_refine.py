@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from arb_hf.binarize import BinarizeOptions, binarize_and_record, binarize_weight
+from arb_hf import native as library
+from arb_hf.binarize import BinarizeOptions, binarize_and_record, binarize_weight, native
 from arb_hf.binarize.full import assemble, choose_salient_columns
 from arb_hf.binarize.hessian import damped, factorize
 from arb_hf.binarize.refine import (
@@ -203,3 +204,33 @@ def test_without_data_and_with_dead_columns():
     dead = binarize_weight(weight, hessian, BinarizeOptions(refinement="full"))
     assert torch.isfinite(dead.dequantize()).all()
     assert torch.isfinite(binarize_weight(weight * 0, hessian, BinarizeOptions(refinement="full")).dequantize()).all()
+
+
+@pytest.mark.skipif(not native.usable(torch.empty(0)), reason="the C library is not built")
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("options", FORMS)
+def test_the_c_rounding_makes_the_choices_of_the_plain_one(options, isa, monkeypatch):
+    if library.ISAS.index(isa) > library.isa():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setattr(library, "isa", lambda: library.ISAS.index(isa))
+    generator = torch.Generator().manual_seed(3)
+    for n, k in ((1, 33), (129, 7), (300, 128)):
+        weight, hessian = problem(n, k)
+        salient = torch.rand(k, generator=generator) < 0.2
+        form = BinarizeOptions(**options).form(n, k, int(salient.sum()))
+        values = weight.T.contiguous()
+        block = fit_rows(start(values, salient, form), values, None)
+        factor = factorize(hessian, k, 0.01)
+        curvature = damped(hessian, factor.dead, factor.damping)
+        fed, dense = round_with_feedback(block, values, factor.upper)
+        down, lower = descend_codes(fed, curvature @ (values - dense), curvature, dense)
+        with monkeypatch.context() as plain:
+            plain.setattr(native, "usable", lambda values: False)
+            expected, wanted = round_with_feedback(block, values, factor.upper)
+            below, least = descend_codes(fed, curvature @ (values - dense), curvature, dense)
+        for ours, theirs in ((fed.codes, expected.codes), (down.codes, below.codes)):
+            assert (ours == theirs).float().mean() > 0.999, "only a last bit may tip a choice"
+        assert torch.isclose(dense, wanted, rtol=1e-5, atol=1e-6).float().mean() > 0.999
+        assert total(down, values, curvature) == pytest.approx(total(below, values, curvature), rel=1e-4)
+        assert torch.isclose(lower, least, rtol=1e-5, atol=1e-6).float().mean() > 0.999
+        torch.testing.assert_close(lower, down.values(), rtol=1e-5, atol=1e-6)

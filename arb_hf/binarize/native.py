@@ -1,4 +1,4 @@
-"""The C searches and updates (``csrc/search.c``, ``csrc/updates.c``), for float32 CPU tensors where the library is."""
+"""The C searches, updates and rounding (``csrc/search.c``, ``updates.c``, ``round.c``), for float32 CPU tensors where the library is."""
 
 from __future__ import annotations
 
@@ -71,10 +71,35 @@ def fit_scales(values: Tensor, member: Tensor, iterations: int) -> Fit:
     return Fit(signs.unbind(), rows.unbind(), columns=columns.unbind())
 
 
-def _call(name: str, *arguments: Tensor | int) -> None:
-    """Tensors go as pointers, ints as int64; a result other than 0 is a lack of memory."""
+def round_columns(
+    columns: slice,
+    targets: Tensor,
+    present: Tensor | None,
+    coupling: Tensor | None,
+    levels: tuple[Tensor, Tensor, Tensor, Tensor],
+    codes: Tensor,
+    dense: Tensor,
+) -> Tensor:
+    """See :func:`arb_hf.binarize.refine.round_columns`, which says what ``levels`` holds."""
+    steps = targets.new_empty(columns.stop - columns.start, targets.shape[1])
+    rows, weights, known, counts = levels
+    sizes = (*targets.shape, len(rows), columns.start, columns.stop)
+    given = (targets, present, coupling, rows, weights, known, counts)
+    _call("arb_round_columns", *given, *sizes, native.isa(), codes, dense, steps)
+    return steps
+
+
+def _call(name: str, *arguments: Tensor | int | None) -> None:
+    """Contiguous tensors go as pointers, None as null, ints as int64; a result other than 0 is a lack of memory."""
     function = getattr(native.require(), name)
     function.restype = ctypes.c_int
-    raw = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments]
+    assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name
+    raw = [_raw(argument) for argument in arguments]
     if function(*raw) != 0:
         raise MemoryError(f"{name} found no memory for its work space")
+
+
+def _raw(argument: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..form import BinaryForm
+from . import native
 from .weight import decode_columns, decode_rows, encode_columns, encode_rows
 
 # Steps of least squares are drawn to the scales they start from by this fraction of the mean curvature: a scale that
@@ -25,7 +26,8 @@ PROXIMITY = 1e-5
 # The best levels of a standard normal variable (Lloyd-Max), where every block's scales start.
 ORDINARY_START = {1: (0.798,), 2: (0.453, 1.510)}
 SALIENT_START = {1: (0.982, 0.529), 2: (0.501, 0.255), 3: (1.748, 0.404)}
-PANEL = 32  # columns whose steps reach later columns together
+# Columns whose steps reach later columns together, and the most levels a column has; csrc/round.c knows the same.
+PANEL, MOST_LEVELS = 32, 8
 SECOND, FIRST, GROUP = 1, 2, 4  # bits of a code
 
 
@@ -133,7 +135,7 @@ def _salient_start(form: BinaryForm) -> tuple[float, ...]:
 
 def nearest_codes(block: CodedBlock, values: Tensor) -> CodedBlock:
     """Every weight takes the code of the level nearest to it: lowers ``|V - Q|``."""
-    return _sweep(block, values.clone(), torch.zeros_like(values[:, :1]).expand(-1, len(values)), None)[0]
+    return _sweep(block, values.clone(), None, None)[0]
 
 
 def nearest_levels(block: CodedBlock, values: Tensor) -> Tensor:
@@ -183,30 +185,63 @@ def descend_codes(block: CodedBlock, gradient: Tensor, hessian: Tensor, dense: T
     return _sweep(block, targets, -hessian / diagonal, dense)
 
 
-def _sweep(block: CodedBlock, targets: Tensor, coupling: Tensor, present: Tensor | None) -> tuple[CodedBlock, Tensor]:
+def _sweep(
+    block: CodedBlock, targets: Tensor, coupling: Tensor | None, present: Tensor | None
+) -> tuple[CodedBlock, Tensor]:
     """Columns left to right take the level nearest to their target; a step d of column j moves target l by
     ``coupling[j, l] * d``. A step is the new value less the present one, or less the target where there is none.
 
     Work is grouped in panels so that most of it is one matrix product. ``targets`` is overwritten.
     """
     codes, dense = torch.empty_like(block.codes), torch.empty_like(targets)
-    tables = block.coefficients(False), block.coefficients(True)
-    kinds = block.salient.tolist()
-    k = len(kinds)
+    rounding = native.round_columns if native.usable(targets) else round_columns
+    levels = _levels(block)
+    coupling = None if coupling is None else coupling.contiguous()
+    k = len(targets)
     for first in range(0, k, PANEL):
         last = min(first + PANEL, k)
-        steps = torch.empty_like(targets[first:last])
-        for j in range(first, last):
-            known, table = tables[kinds[j]]
-            levels = (table * block.columns[:, j]) @ block.rows
-            choice = (levels - targets[j]).abs_().min(0).indices
-            codes[j] = known[choice]
-            dense[j] = levels.gather(0, choice[None])[0]
-            torch.sub(dense[j], targets[j] if present is None else present[j], out=steps[j - first])
-            if j + 1 < last:
-                targets[j + 1 : last].addr_(coupling[j, j + 1 : last], steps[j - first])
-        targets[last:].addmm_(coupling[first:last, last:].T, steps)
+        steps = rounding(slice(first, last), targets, present, coupling, levels, codes, dense)
+        if coupling is not None:
+            targets[last:].addmm_(coupling[first:last, last:].T, steps)
     return replace(block, codes=codes), dense
+
+
+def _levels(block: CodedBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row parameters ``[slots, n]``; what each counts in a column's levels ``[k, MOST_LEVELS, slots]``; the levels' codes
+    ``[k, MOST_LEVELS]``; and how many levels the column has ``[k]``."""
+    k = len(block.salient)
+    weights = block.rows.new_zeros(k, MOST_LEVELS, len(block.rows))
+    known = block.codes.new_zeros(k, MOST_LEVELS)
+    counts = torch.empty(k, dtype=torch.int64, device=known.device)
+    for salient, where in ((False, ~block.salient), (True, block.salient)):
+        codes, table = block.coefficients(salient)
+        weights[where, : len(codes)] = table * block.columns.T[where, None]
+        known[where, : len(codes)] = codes
+        counts[where] = len(codes)
+    return block.rows.contiguous(), weights, known, counts
+
+
+def round_columns(
+    columns: slice,
+    targets: Tensor,
+    present: Tensor | None,
+    coupling: Tensor | None,
+    levels: tuple[Tensor, Tensor, Tensor, Tensor],
+    codes: Tensor,
+    dense: Tensor,
+) -> Tensor:
+    """One panel of :func:`_sweep`: fills ``codes`` and ``dense`` there, hands on steps inside it, and returns them."""
+    rows, weights, known, counts = levels
+    steps = torch.empty_like(targets[columns])
+    for step, j, count in zip(steps, range(columns.start, columns.stop), counts[columns].tolist(), strict=True):
+        values = weights[j, :count] @ rows
+        choice = (values - targets[j]).abs_().min(0).indices
+        codes[j] = known[j, choice]
+        dense[j] = values.gather(0, choice[None])[0]
+        torch.sub(dense[j], targets[j] if present is None else present[j], out=step)
+        if coupling is not None and j + 1 < columns.stop:
+            targets[j + 1 : columns.stop].addr_(coupling[j, j + 1 : columns.stop], step)
+    return steps
 
 
 def fit_rows(block: CodedBlock, target: Tensor, hessian: Tensor | None) -> CodedBlock:

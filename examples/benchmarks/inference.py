@@ -14,6 +14,8 @@ import copy
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +198,36 @@ def generation(directory: str, prompt: int, new: int, rounds: int) -> dict:
     return result
 
 
+RESIDENT = """
+import gc, json, re, sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+import arb_hf
+torch.set_num_threads(1)
+def resident():
+    gc.collect()
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+ids = torch.arange(1, 65)[None]
+def generate(model):
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0)
+config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128)
+generate(LlamaForCausalLM(config).to(torch.bfloat16))  # what the libraries themselves take is not the model's
+start = resident()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+loaded = resident()
+generate(model)
+print(json.dumps([loaded - start, resident() - start]))
+"""
+
+
+def resident_memory(directory: str) -> dict:
+    """What a packed model adds to a process's resident memory, over its file: loaded, and after generating (Linux)."""
+    done = subprocess.run([sys.executable, "-c", RESIDENT, directory], check=True, capture_output=True, text=True)
+    loaded, generated = json.loads(done.stdout.splitlines()[-1])
+    size = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+    return {"file": size, "loaded": loaded / size, "after_generating": generated / size}
+
+
 def plot(records: list[dict], path: str) -> None:
     """Speed against bf16 by the number of tokens."""
     import matplotlib
@@ -233,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter runs")
     parser.add_argument("--model", help="directory of a model for `generate`, e.g. SmolLM2-135M-Instruct")
+    parser.add_argument("--packed", help="directory of a packed model, to measure the memory it takes")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--only", choices=("matmul", "linears", "generate"), help="one part")
     parser.add_argument("--json", help="write all figures here")
@@ -272,6 +305,12 @@ def main() -> None:
                     generation(options.model, 64, 16 if options.quick else 64, 2 if options.quick else 5)
                 )
                 print(json.dumps(figures["generate"][-1], indent=2), flush=True)
+    if options.packed:
+        figures["resident"] = resident_memory(options.packed)
+        print(
+            f"resident memory over the file's {figures['resident']['file'] / 1e6:.1f} MB: "
+            f"{figures['resident']['loaded']:.2f} x loaded, {figures['resident']['after_generating']:.2f} x after generating"
+        )
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
     if options.plot:
