@@ -13,7 +13,6 @@ from arb_hf.binarize import BinarizeOptions, binarize_weight
 from arb_hf.binarize import latent as latent_module
 from arb_hf.binarize.full import assemble, take_apart
 from arb_hf.binarize.latent import LatentWeight
-from arb_hf.binarize.refine import nearest_codes, nearest_levels
 from arb_hf.calibrate import distributed, run, tune
 from arb_hf.calibrate.capture import LayerCalls, capture, run_layer
 from arb_hf.calibrate.data import Batch
@@ -56,19 +55,6 @@ def test_blocks_come_apart_and_together(dense, options):
 
 
 @pytest.mark.parametrize("options", FORMS)
-def test_nearest_levels_of_all_columns_at_once(dense, options):
-    for block in take_apart(binary(dense, **options)):
-        values = torch.randn(block.codes.shape, generator=torch.Generator().manual_seed(2))
-        codes = nearest_levels(block, values)
-        assert torch.equal(codes, nearest_codes(block, values).codes)
-        chosen = (values - dataclasses.replace(block, codes=codes).values()).abs()
-        for salient, where in ((False, ~block.salient), (True, block.salient)):
-            for code in block.coefficients(salient)[0]:
-                other = dataclasses.replace(block, codes=torch.full_like(block.codes, int(code))).values()
-                assert (chosen[where] <= (values - other)[where].abs() + 1e-6).all()
-
-
-@pytest.mark.parametrize("options", FORMS)
 def test_latent_weight_starts_as_it_was(dense, options):
     weight = binary(dense, **options)
     latent = LatentWeight(weight, weight.dequantize())
@@ -78,7 +64,7 @@ def test_latent_weight_starts_as_it_was(dense, options):
 
 @pytest.mark.parametrize("options", FORMS)
 def test_gradients_are_exact_for_scales_and_straight_through_for_latent_weights(dense, options, monkeypatch):
-    monkeypatch.setattr(latent_module, "nearest_levels", lambda block, _: block.codes)  # choices have no derivative
+    monkeypatch.setattr(latent_module, "nearest_codes", lambda block, _: block)  # choices have no derivative
     weight = binary(dense, **options)
     latent = LatentWeight(weight, dense)
     direction = torch.randn(dense.shape, generator=torch.Generator().manual_seed(3))

@@ -157,7 +157,7 @@ def assemble(blocks: list[CodedBlock], form: BinaryForm) -> BinaryWeight:
 def take_apart(weight: BinaryWeight) -> list[CodedBlock]:
     """The coded blocks of a binary weight: the inverse of :func:`assemble`."""
     form, salient = weight.form, weight.salient
-    codes = (weight.signs.T > 0).to(torch.uint8) * FIRST
+    codes = (weight.signs.T > 0).to(torch.uint8).contiguous() * FIRST
     codes[salient] += (weight.second_signs.T > 0).to(torch.uint8) * SECOND
     if weight.groups is not None:
         grouped = weight.groups.T & ~salient[:, None] if form.salient_groups == 1 else weight.groups.T

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .full import assemble, spans, take_apart
-from .refine import CodedBlock, nearest_levels, round_scales
+from .refine import CodedBlock, nearest_codes, round_scales
 from .weight import BinaryWeight
 
 
@@ -69,7 +69,7 @@ class LatentWeight:
             if stored:
                 block = round_scales(block)
             with torch.no_grad():
-                codes = nearest_levels(block, latent[span])
+                codes = nearest_codes(block, latent[span]).codes
             coded.append(replace(block, codes=codes))
         return coded
 

@@ -138,28 +138,6 @@ def nearest_codes(block: CodedBlock, values: Tensor) -> CodedBlock:
     return _sweep(block, values.clone(), None, None)[0]
 
 
-def nearest_levels(block: CodedBlock, values: Tensor) -> Tensor:
-    """The codes ``[k, n]`` of the nearest levels, all columns at once."""
-    codes = torch.empty_like(block.codes)
-    for salient, where in ((False, ~block.salient), (True, block.salient)):
-        wanted = values[where]
-        nearest = torch.full_like(wanted, torch.inf)
-        chosen = torch.zeros(wanted.shape, dtype=torch.uint8, device=wanted.device)
-        terms = {slot: block.columns[slot, where, None] * block.rows[slot] for slot, _, _ in block.slots(salient)}
-        known, table = block.coefficients(salient)
-        for code, signs in zip(known.tolist(), table.tolist(), strict=True):
-            distance = wanted.neg()
-            for slot, _, _ in block.slots(salient):
-                if signs[slot]:
-                    distance.add_(terms[slot], alpha=signs[slot])
-            distance.abs_()
-            closer = distance < nearest
-            chosen.masked_fill_(closer, code)
-            torch.minimum(distance, nearest, out=nearest)
-        codes[where] = chosen
-    return codes
-
-
 def round_with_feedback(block: CodedBlock, values: Tensor, upper: Tensor) -> tuple[CodedBlock, Tensor]:
     """Columns in turn take their nearest codes, and the later columns make up for each one's error, as in GPTQ.
 
