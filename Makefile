@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The torch to install where none is there yet. Its default wheel serves CPU and GPU alike.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint types tests clean
+.PHONY: demo test lint types tests fuzz asan compat clean
 
 $(VENV)/installed: pyproject.toml setup.cfg .ci/constraints.txt $(wildcard arb_hf/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,5 +29,28 @@ types: $(VENV)/installed
 tests: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+# Damaged checkpoints for SECONDS; the C code under AddressSanitizer for as long. Not part of `make test`.
+SECONDS ?= 300
+
+fuzz: asan
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+
+asan: $(VENV)/installed
+	$(BIN)/python tests/asan.py --seconds $(SECONDS)
+
+# What reads and writes checkpoints, config and command line; kernels and mathematics depend on torch alone.
+COMPAT_TESTS ?= $(addprefix tests/test_, $(addsuffix .py, bad_input cli config data evaluate experts export golden \
+	hostile hub linear offload overrides packing quantizer resume))
+
+# The oldest releases that pyproject.toml admits, in a folder of their own, through the tests that touch them.
+compat: $(VENV)-oldest/installed
+	HF_HUB_OFFLINE=1 $(VENV)-oldest/bin/python -m pytest -q $(COMPAT_TESTS)
+
+$(VENV)-oldest/installed: pyproject.toml setup.cfg .ci/oldest.txt $(wildcard arb_hf/csrc/*)
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[data,gguf,plot]' hypothesis pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info arb_hf/_native*
+	rm -rf $(VENV) $(VENV)-oldest .cache build dist *.egg-info arb_hf/_native*

@@ -1,17 +1,29 @@
-"""Checks of a packed checkpoint before anything uses it: what is there, of which shape and type, and sane values."""
+"""Checks of a packed checkpoint before anything uses it: a stranger wrote it.
+
+Three passes. :func:`read_entries` looks at the files and their headers, :func:`check_model` compares those with the
+modules that the config asks for, both before a tensor is read; :func:`check_values` looks at what was read.
+"""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import ArbFormatError
 from .form import WORD
+from .light.headers import require_inside
 from .nn import BinaryLinear
+from .nn.experts import find_stacks
 from .packing import unpack_mask
 
 SAFETENSORS_TYPES = {
@@ -22,6 +34,22 @@ SAFETENSORS_TYPES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
 }
+SCALES = ("row_parameters", "row_absmax", "column_scales", "salient_column_scales")
+# A config may ask for so many layers and experts, or as many as there are tensors, and for so many bytes of buffers.
+FEW, SMALL = 1000, 1 << 28
+COUNT = re.compile(r"n(um)?_.*(layers?|experts?)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file, as the header tells it."""
+
+    file: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+Entries = Mapping[str, Entry]
 
 
 def binary_modules(model: nn.Module) -> dict[str, BinaryLinear]:
@@ -29,75 +57,164 @@ def binary_modules(model: nn.Module) -> dict[str, BinaryLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
 
 
-def check_files(model: nn.Module, files: Iterable[str | os.PathLike]) -> None:
-    """Compare the headers of a checkpoint's files with what the binary modules of ``model`` expect.
+def read_entries(files: Iterable[str | os.PathLike], model_id: str | os.PathLike = "") -> dict[str, Entry]:
+    """The tensors of a checkpoint's files by name.
+
+    Args:
+        model_id: where the files should be: a folder, or a name on the Hub for its cache; empty for anywhere.
 
     Raises:
-        ArbFormatError: a file is not readable safetensors; a packed tensor is missing, surplus, or of another shape
-            or type.
+        ArbFormatError: a file is elsewhere, or not readable safetensors; a tensor is in two files.
     """
-    found: dict[str, tuple[str, list[int], str]] = {}
-    for path in files:
+    found: dict[str, Entry] = {}
+    for path in [os.fspath(file) for file in files]:
         name = os.path.basename(path)
-        if not str(path).endswith(".safetensors"):
+        _check_place(path, os.fspath(model_id))
+        if not path.endswith(".safetensors"):
             raise ArbFormatError(f"{name}: packed checkpoints are safetensors files; this is something else")
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (not a mapping)
                     tensor = file.get_slice(key)
-                    found[key] = (name, tensor.get_shape(), tensor.get_dtype())
+                    if key in found:
+                        raise ArbFormatError(f"{name}: tensor {key} is in {found[key].file} too")
+                    found[key] = Entry(name, tuple(tensor.get_shape()), tensor.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ArbFormatError(f"{name}: not a readable safetensors file ({error})") from error
-    expected: set[str] = set()
-    modules = binary_modules(model)
-    for name, module in modules.items():
-        for tensor_name, (shape, dtype) in module.form.tensors().items():
-            key = f"{name}.{tensor_name}"
-            expected.add(key)
-            if key not in found:
-                raise ArbFormatError(f"tensor {key} is missing from the checkpoint")
-            file_name, actual, kind = found[key]
-            if tuple(actual) != shape or kind != SAFETENSORS_TYPES[dtype]:
-                raise ArbFormatError(
-                    f"{file_name}: tensor {key} is {kind} {list(actual)}, "
-                    f"expected {SAFETENSORS_TYPES[dtype]} {list(shape)}"
-                )
-        if module.bias is not None:
-            expected.add(f"{name}.bias")
-    for key, (file_name, _, _) in found.items():
-        if key.rpartition(".")[0] in modules and key not in expected:
-            raise ArbFormatError(f"{file_name}: surplus tensor {key}: no such part in this packed form")
+    return found
 
 
-def check_values(model: nn.Module) -> None:
-    """Check what loaded tensors hold: salient columns that agree with the count, finite scales, no stray padding bits.
+def _check_place(path: str, model_id: str) -> None:
+    """Files of a folder lie in it, those of a name on the Hub in one snapshot of its cache."""
+    if os.path.isdir(model_id):
+        require_inside(path, model_id)
+    elif model_id:
+        parts = os.path.abspath(path).split(os.sep)
+        at = len(parts) - 1 - parts[::-1].index("snapshots") if "snapshots" in parts else 0
+        if at < 1 or parts[at - 1] != repo_folder_name(repo_id=model_id, repo_type="model"):
+            raise ArbFormatError(f"{path} is outside the Hub's cache of {model_id}")
+        require_inside(path, os.sep.join(parts[: at + 2]))
+
+
+def check_counts(config: Any, entries: Entries, where: str = "config.json") -> None:
+    """Refuse a model config that asks for far more layers or experts than its files can hold.
+
+    Args:
+        config: of the model, as nested dictionaries.
 
     Raises:
-        ArbFormatError: naming the tensor and the reason.
+        ArbFormatError: naming the option; such a model would be built in memory layer by layer.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_counts(value, entries, f"{where}: {key}")
+        elif COUNT.fullmatch(str(key)) and type(value) is int and value > max(len(entries), FEW):
+            raise ArbFormatError(f"{where}: {key}={value}, and the files hold {len(entries)} tensors")
+
+
+def check_stacks(model: nn.Module, entries: Entries) -> None:
+    """Refuse stacks of more experts than the files hold tensors: each would become a module.
+
+    Raises:
+        ArbFormatError: naming the module.
+    """
+    for name, module in model.named_modules():
+        stacks = find_stacks(module)
+        if stacks is not None and stacks.count > max(len(entries), FEW):
+            raise ArbFormatError(
+                f"config.json: {name} has {stacks.count} experts, the files hold {len(entries)} tensors"
+            )
+
+
+def check_model(model: PreTrainedModel, entries: Entries) -> None:
+    """Compare the headers of a checkpoint's files with what ``model``, still on the meta device, expects.
+
+    Raises:
+        ArbFormatError: a tensor is missing, or of another shape or type; a packed tensor is surplus; the config asks
+            for absurd buffers.
+    """
+    expected: dict[str, tuple[tuple[int, ...], str | None]] = {}
+    modules = binary_modules(model)
+    for name, module in modules.items():
+        for part, (shape, dtype) in module.form.tensors().items():
+            expected[f"{name}.{part}"] = shape, SAFETENSORS_TYPES[dtype]
+    optional = _optional_names(model)
+    for key, tensor in model.state_dict().items():
+        if key not in expected and (key in entries or not optional(key)):
+            expected[key] = tuple(tensor.shape), None
+    for key, (shape, kind) in expected.items():
+        if key not in entries:
+            raise ArbFormatError(f"{_names(entries)}: tensor {key} is missing")
+        entry = entries[key]
+        if entry.shape != shape or not (kind == entry.kind if kind else entry.kind.startswith(("F", "BF"))):
+            raise ArbFormatError(
+                f"{entry.file}: tensor {key} is {entry.kind} {list(entry.shape)}, "
+                f"expected {kind or 'a floating type'} {list(shape)}"
+            )
+    for key, entry in entries.items():
+        if key.rpartition(".")[0] in modules and key not in expected:
+            raise ArbFormatError(f"{entry.file}: surplus tensor {key}: no such part in this packed form")
+    for name, buffer in model.named_buffers():
+        if buffer.numel() * buffer.element_size() > max(SMALL, sum(math.prod(each.shape) for each in entries.values())):
+            raise ArbFormatError(f"config.json: asks for a buffer {name} of {list(buffer.shape)}")
+
+
+def _names(entries: Entries) -> str:
+    first, *others = sorted({entry.file for entry in entries.values()}) or ["no file"]
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _optional_names(model: PreTrainedModel) -> Any:
+    """Whether the model does without a tensor in its checkpoint: one tied to another, a buffer, or as its class says."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    patterns = [re.compile(each) for each in model._keys_to_ignore_on_load_missing or ()]
+    buffers = {name for name, _ in model.named_buffers()}
+    return lambda key: key in tied or key in buffers or any(each.search(key) for each in patterns)
+
+
+def check_values(model: nn.Module, entries: Entries) -> None:
+    """Check what loaded tensors hold: salient columns that agree with the count, sound scales, no stray padding bits.
+
+    Raises:
+        ArbFormatError: naming file, tensor and reason.
     """
     for name, module in binary_modules(model).items():
-        form, packed = module.form, module.packed
-        if any(tensor.device.type == "meta" for tensor in packed.values()):
+        if any(tensor.device.type == "meta" for tensor in module.packed.values()):
             continue  # on disk, behind an accelerate hook
-        salient = packed["salient_columns"]
-        mask = unpack_mask(salient, salient.numel() * 8)
-        if int(mask.sum()) != form.salient_columns or bool(mask[form.in_features :].any()):
-            raise ArbFormatError(
-                f"{name}.salient_columns marks {int(mask.sum())} columns, "
-                f"the config says {form.salient_columns} of {form.in_features}"
-            )
-        for tensor_name in ("row_parameters", "row_absmax", "column_scales", "salient_column_scales"):
-            tensor = packed.get(tensor_name)
-            if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ArbFormatError(f"{name}.{tensor_name} holds NaN or infinite values")
-        second = form.in_features if form.groups == 2 else form.salient_columns
-        for tensor_name, columns in (
-            ("weight", form.in_features),
-            ("second_plane", second),
-            ("salient_groups", form.salient_columns),
-        ):
-            if tensor_name in packed and _stray_bits(packed[tensor_name], columns):
-                raise ArbFormatError(f"{name}.{tensor_name} has bits set past its {columns} columns")
+        wrong = next(_wrong_values(module), None)
+        if wrong is not None:
+            key = f"{name}.{wrong[0]}"
+            file = f"{entries[key].file}: " if key in entries else ""
+            raise ArbFormatError(f"{file}{key} {wrong[1]}")
+
+
+def _wrong_values(module: BinaryLinear) -> Iterator[tuple[str, str]]:
+    """Part and reason of everything that is wrong with a layer's tensors."""
+    form, packed = module.form, module.packed
+    for part, (shape, dtype) in form.tensors().items():
+        if tuple(packed[part].shape) != shape or packed[part].dtype != dtype:
+            yield part, f"became {packed[part].dtype} {list(packed[part].shape)}, expected {dtype} {list(shape)}"
+    mask = unpack_mask(packed["salient_columns"], packed["salient_columns"].numel() * 8)
+    if int(mask.sum()) != form.salient_columns or bool(mask[form.in_features :].any()):
+        yield (
+            "salient_columns",
+            f"marks {int(mask.sum())} columns, the config says {form.salient_columns} of {form.in_features}",
+        )
+    for part in (*SCALES, "bias"):
+        scales = getattr(module, part, None)
+        if scales is None:
+            continue
+        if scales.is_floating_point() and not torch.isfinite(scales).all():
+            yield part, "holds NaN or infinite values"
+        if scales.dtype == torch.int8 and scales.numel() and scales.min() < -127:
+            yield part, "holds the code -128; codes are -127 to 127"
+        if part == "row_absmax" and torch.signbit(scales).any():
+            yield part, "holds negative values, or -0.0; they are magnitudes"
+    second = form.in_features if form.groups == 2 else form.salient_columns
+    columns = {"weight": form.in_features, "second_plane": second, "salient_groups": form.salient_columns}
+    for part, count in columns.items():
+        if part in packed and _stray_bits(packed[part], count):
+            yield part, f"has bits set past its {count} columns"
 
 
 def _stray_bits(plane: Tensor, columns: int) -> bool:

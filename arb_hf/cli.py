@@ -9,7 +9,9 @@ import argparse
 import importlib.util
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +19,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from . import evaluate as evaluation
+from .calibrate.data import load_tokenizer
 from .config import ArbConfig
 from .export import export_dense, export_gguf
 from .hub import from_pretrained, load_report, push_folder, save_pretrained, write_card
@@ -50,7 +53,8 @@ def quantize(args: argparse.Namespace) -> Said:
         args.usage_error(str(error))
     if (out / "config.json").exists():
         args.usage_error(f"{out} holds a model already; name another folder, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+    _refuse_quantized(args.model)
+    _require_writable(out, args.model)
     tokenizer = _tokenizer(args.model)
     windows = None
     if args.evaluate:
@@ -203,6 +207,30 @@ def _load(model: str, dtype: Any, device_map: str | None, **kwargs: Any) -> PreT
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **kwargs)
 
 
+def _refuse_quantized(model: str) -> None:
+    with _naming(model):
+        quantization = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ValueError(f"{model} is quantized already (quant_method {method!r}): quantize its original")
+
+
+def _require_writable(out: Path, model: str) -> None:
+    """Make the folder to write, before hours of work; it needs an eighth of the original at least, two bits of 16."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror or error}") from error
+    original = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) if os.path.isdir(model) else 0
+    free = shutil.disk_usage(out).free
+    if free < original / 8:
+        raise OSError(
+            f"the disk of {out} has {free / 1e6:.1f} MB free, too little for what becomes of {original / 1e6:.1f} MB"
+        )
+
+
 @contextmanager
 def _naming(model: str) -> Iterator[None]:
     """Errors of loading that name what was asked for: transformers' own do not always."""
@@ -214,7 +242,7 @@ def _naming(model: str) -> Iterator[None]:
 
 def _tokenizer(model: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return load_tokenizer(model)
     except Exception as error:  # a model may come without one
         logger.warning("%s has no tokenizer that loads (%s)", model, type(error).__name__)
         return None

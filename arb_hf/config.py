@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -149,12 +149,14 @@ class ArbConfig(QuantizationConfigMixin):
         self._integer("num_samples", 1)
         self._integer("sequence_length", 1)
         self._integer("batch_size", 1)
-        self._integer("seed", 0)
+        self._integer("seed", 0, 2**63 - 1)
         self._one_of("scale_dtype", tuple(SCALE_DTYPES))
         self._integer("format_version", 1)
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
             self._refuse("modules_to_not_convert", "a list of module names, or None")
+        if not (self.tokenizer is None or isinstance(self.tokenizer, str | os.PathLike) or callable(self.tokenizer)):
+            self._refuse("tokenizer", "a name, a folder, a tokenizer, or None")
         self._number("minimum_coverage", 1)
         if self.overrides is not None:
             self._validate_overrides()
@@ -201,7 +203,9 @@ class ArbConfig(QuantizationConfigMixin):
             raise ValueError(f"{error} (in {where})") from None
 
     def _refuse(self, option: str, allowed: str) -> None:
-        raise ValueError(f"ArbConfig: {option}={getattr(self, option)!r} is not allowed; allowed: {allowed}")
+        shown = repr(getattr(self, option))
+        shown = shown if len(shown) < 200 else shown[:200] + "..."
+        raise ValueError(f"ArbConfig: {option}={shown} is not allowed; allowed: {allowed}")
 
     def _one_of(self, option: str, values: tuple) -> None:
         value = getattr(self, option)
@@ -213,11 +217,11 @@ class ArbConfig(QuantizationConfigMixin):
         if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
             self._refuse(option, f"an integer from {low}" + ("" if high is None else f" to {high}"))
 
-    def _number(self, option: str, high: float = math.inf) -> None:
+    def _number(self, option: str, high: float = sys.float_info.max) -> None:
         value = getattr(self, option)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value <= high:
-            self._refuse(option, "a finite number from 0" + ("" if high == math.inf else f" to {high:g}"))
+            self._refuse(option, "a finite number from 0" + ("" if high == sys.float_info.max else f" to {high:g}"))
 
     def options(self, name: str | None = None) -> BinarizeOptions:
         """The part that the mathematics of one matrix needs: that of all modules, or with the overrides of one.
@@ -259,13 +263,23 @@ class ArbConfig(QuantizationConfigMixin):
             scale_dtype=options.scale_dtype,
         )
 
-    def check_format_version(self) -> None:
-        """Raise :class:`ArbFormatError` for a checkpoint of a later format than this version reads."""
-        if self.format_version > FORMAT_VERSION:
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """From what :meth:`to_dict` gave, or a stranger's ``config.json``.
+
+        Raises:
+            ArbFormatError: it lacks what a config has, or an option has a value that is not allowed.
+        """
+        version = config_dict.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:  # before options that only later versions know
             raise ArbFormatError(
-                f"config.json: format_version {self.format_version} is newer than {FORMAT_VERSION}, the newest this "
-                "arb_hf reads: pip install --upgrade arb_hf"
+                f"config.json: format_version {version} is newer than {FORMAT_VERSION}, the newest this arb_hf reads: "
+                "pip install --upgrade arb_hf"
             )
+        try:
+            return super().from_dict(config_dict, *args, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise ArbFormatError(f"config.json: quantization_config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Data and tokenizers given as objects become None: they have no name to store."""
@@ -275,6 +289,10 @@ class ArbConfig(QuantizationConfigMixin):
             value = getattr(self, key)
             stored[key] = os.fspath(value) if isinstance(value, str | os.PathLike) else None
         return stored
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it: an option left at its default is stored too, lest a later default change what it meant."""
+        return self.to_dict()
 
     def __iter__(self):
         yield from self.to_dict().items()

@@ -10,14 +10,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .card import MARKER, PLOT_FILE, is_hub_id, model_card, written_by_us
-from .checkpoint import binary_modules
-from .config import QUANT_METHOD
+from .checkpoint import binary_modules, check_counts, read_entries
+from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbFormatError, ArbUploadError
+from .light.headers import INDEX, read_json, shard_names
 from .report import REPORT_FILE, ArbReport
 
 logger = logging.getLogger(__name__)
@@ -38,15 +41,12 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedMod
     hub_arguments = {
         key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in kwargs
     }
-    config = AutoConfig.from_pretrained(model_id, **hub_arguments)
-    quantization = getattr(config, "quantization_config", None)
-    method = (
-        quantization.get("quant_method")
-        if isinstance(quantization, dict)
-        else getattr(quantization, "quant_method", None)
-    )
-    if method != QUANT_METHOD:
-        raise ArbFormatError(f"{model_id} is not a model packed by arb_hf: its config.json has quant_method {method!r}")
+    trust = {"trust_remote_code": kwargs.setdefault("trust_remote_code", False)}
+    config = _config(model_id, **hub_arguments, **trust)
+    if "variant" not in kwargs:
+        check_counts(config.to_dict(), read_entries(_weight_files(model_id, **hub_arguments), model_id))
+    _check_architecture(model_id, config, **trust)
+    _check_generation(model_id, **hub_arguments)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model_id, output_loading_info=True, **kwargs)
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -57,6 +57,60 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedMod
     if report is not None:
         model.arb_report = report
     return model
+
+
+def _config(model_id: str | os.PathLike, **kwargs: Any) -> Any:
+    """The model's config, made of a ``config.json`` that is there."""
+    try:
+        config = AutoConfig.from_pretrained(model_id, **kwargs)
+    except Exception as error:  # what a hostile file can do to its reader has no end of types
+        if not os.path.isdir(model_id):
+            raise  # not there, or the Hub's own errors
+        raise ArbFormatError(f"{model_id}: config.json cannot be read ({_first_line(error)})") from error
+    quantization = getattr(config, "quantization_config", None)
+    quantization = quantization if isinstance(quantization, dict) else {}
+    method = quantization.get("quant_method")
+    if method != QUANT_METHOD:
+        raise ArbFormatError(f"{model_id} is not a model packed by arb_hf: its config.json has quant_method {method!r}")
+    ArbConfig.from_dict(quantization)
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ArbFormatError(f"{model_id}: config.json names weights of its own, {config.transformers_weights!r}")
+    return config
+
+
+def _weight_files(model_id: str | os.PathLike, **kwargs: Any) -> list[str]:
+    """Paths of the safetensors files, from the folder or, downloaded once, the cache."""
+    kwargs = {**kwargs, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(model_id, INDEX, **kwargs)
+    names = ["model.safetensors"] if index is None else shard_names(read_json(Path(index)))
+    files = [cached_file(model_id, name, **kwargs) for name in names]
+    for name, path in zip(names, files, strict=True):
+        if path is None:
+            raise ArbFormatError(f"{model_id}: {name} is missing")
+    return [str(path) for path in files]
+
+
+def _check_architecture(model_id: str | os.PathLike, config: Any, **kwargs: Any) -> None:
+    """A model can be made of the config, without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
+    except Exception as error:  # anything, from the class that the config names
+        raise ArbFormatError(f"{model_id}: no model can be made of config.json ({_first_line(error)})") from error
+
+
+def _check_generation(model_id: str | os.PathLike, **kwargs: Any) -> None:
+    """``generation_config.json``, where there is one, can be read."""
+    if cached_file(model_id, GENERATION_CONFIG_NAME, **kwargs, _raise_exceptions_for_missing_entries=False) is None:
+        return
+    try:
+        GenerationConfig.from_pretrained(model_id, **kwargs)
+    except Exception as error:  # as for config.json
+        raise ArbFormatError(f"{model_id}: {GENERATION_CONFIG_NAME} cannot be read ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def load_report(model_id: str | os.PathLike, subfolder: str = "", **kwargs: Any) -> ArbReport | None:
@@ -221,12 +275,20 @@ def push_folder(
         )
     except Exception as error:  # a boundary: HTTP, sockets and files fail in many types
         raise ArbUploadError(
-            f"{_cause(error, repo_id)}. Nothing is lost: the model is whole in {folder}. "
+            f"{_cause(_origin(error), repo_id)}. Nothing is lost: the model is whole in {folder}. "
             f"Go on with: arb-hf push {folder} {repo_id}"
         ) from error
 
 
-def _cause(error: Exception, repo_id: str) -> str:
+def _origin(error: BaseException) -> BaseException:
+    """The Hub's answer, where huggingface_hub wrapped it in an error of its own; else the error."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, HfHubHTTPError):
+        found = found.__cause__
+    return error if found is None else found
+
+
+def _cause(error: BaseException, repo_id: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     said = str(error).strip().partition("\n")[0]
     if isinstance(error, GatedRepoError) or status == 403:

@@ -37,6 +37,22 @@ Slots of ``row_parameters``: scales of the ordinary groups, then for each salien
 (methods with means) the means of the ordinary groups and of the salient groups. int8 column scales are code / 127.
 
 Stored bits are those of ALGORITHM section 9 plus the padding of a plane to whole words, at most 31 columns.
+
+**What a reader checks** (:mod:`arb_hf.checkpoint`). There is little that could disagree: salient columns are a bitmap, so
+none is listed twice, and no permutation is stored. Checked are: exactly these tensors, of these types and shapes; as many
+salient columns as the config says; no bit set past the last column; finite scales; int8 codes of at most 127; a ``row_absmax``
+without a sign. Scales of any sign are legal, and -0.0 among them (a small negative mean rounds to it): it counts as 0.
+
+**Format 2.** A checkpoint of version 1 loads for ever, with the same bits:
+
+* Whatever changes these tensors, what their bits mean, or how the config says which form they have is a new version:
+  ``FORMAT_VERSION`` goes up, and :func:`pack` writes the new one only.
+* The reader of an older version stays, chosen by the ``format_version`` of the config. It may turn what it read into
+  today's form, never into other values. A file of a newer version than the reader's is refused, not guessed at.
+* A new method or option that stores these tensors as described here needs no new version. A reader that lacks it
+  refuses it by name.
+* Golden files (``tests/data/golden``) are never written again. A new version, method, option or value adds its own;
+  a test fails until it has.
 """
 
 from __future__ import annotations
@@ -92,10 +108,14 @@ def unpack_mask(packed: Tensor, count: int) -> Tensor:
 
 
 def pack(weight: BinaryWeight) -> dict[str, Tensor]:
-    """The stored tensors of a binary weight: scales rounded to ``scale_dtype``, zero signs made +1."""
+    """The stored tensors of a binary weight: scales rounded to ``scale_dtype``, zero signs made +1.
+
+    Raises:
+        ArbCalibrationError: scales that ``scale_dtype`` cannot hold.
+    """
+    weight.require_storable()
+    weight = weight.settled()
     form, dtype = weight.form, weight.form.scale_dtype
-    if dtype == "int8":
-        weight = weight.normalized()
     order = stored_order(weight.salient, form.block_size)
     rows, absmax = encode_rows(weight.row_parameters, dtype)
     second_signs = weight.second_signs >= 0

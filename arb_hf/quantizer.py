@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .calibrate.offload import Placement, offload_folder
+from .calibrate.offload import Placement, keep_stored_types, offload_folder
 from .calibrate.run import binarize_model
-from .checkpoint import check_files, check_values
+from .checkpoint import Entry, check_model, check_stacks, check_values, read_entries
 from .config import ArbConfig
 from .errors import ArbFormatError
 from .nn import BinaryExperts, BinaryLinear
@@ -30,10 +30,7 @@ class ArbHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ArbConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.placement = Placement()
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if self.pre_quantized:
-            self.quantization_config.check_format_version()
+        self.entries: dict[str, Entry] = {}
 
     def update_device_map(self, device_map: Any) -> Any:
         if self.pre_quantized:
@@ -47,14 +44,18 @@ class ArbHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
-        swap_in_binary_modules(model, self.quantization_config)
         files = kwargs.get("checkpoint_files")
         if files:
-            check_files(model, files)
+            self.entries = read_entries(files, model.name_or_path or "")
+            check_stacks(model, self.entries)
+        swap_in_binary_modules(model, self.quantization_config)
+        if files:
+            check_model(model, self.entries)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
-            check_values(model)
+            check_values(model, self.entries)
+            keep_stored_types(model)
         else:
             config = self.quantization_config
             skip = self.get_modules_to_not_convert(model, config.modules_to_not_convert, add_default_skips=True)

@@ -129,7 +129,7 @@ class ArbReport:
                 coverage=Coverage.from_dict(data["coverage"]) if data.get("coverage") else None,
                 tuned=[_known(TuneRecord, each) for each in data.get("tuned", [])],
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArbFormatError(f"not a report of an arb_hf run: {type(error).__name__}: {error}") from error
 
     @classmethod
@@ -141,7 +141,7 @@ class ArbReport:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArbFormatError(f"{path}: not JSON ({error})") from error
         return cls.from_dict(data)
 

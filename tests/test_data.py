@@ -93,7 +93,11 @@ def test_masks_mark_padding():
     ("dataset", "message"),
     [
         (None, "no calibration data: pass dataset="),
-        ([words(10)], r"has 10 tokens, but num_samples=4 x sequence_length=16 asks for 64; .*num_samples=0 would fit"),
+        ([words(40)], r"has 40 tokens, but num_samples=4 x sequence_length=16 asks for 64; .*num_samples=2 would fit"),
+        (
+            [words(10)],
+            r"has 10 tokens, fewer than one sequence of sequence_length=16; pass more text or lower sequence_l",
+        ),
         (["  "], "the text is empty"),
         ([], "the text is empty"),
         ("nothing.txt", "the calibration file nothing.txt does not exist"),

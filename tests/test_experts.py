@@ -8,7 +8,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExp
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
 
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
@@ -43,8 +42,11 @@ def stacked(kind: str) -> nn.Module:
         module = Llama4TextExperts(Llama4TextConfig(**SIZES))
         module.config = Llama4TextConfig(**SIZES)
         return filled(module)
+    nemotron = pytest.importorskip(
+        "transformers.models.nemotron_h.modeling_nemotron_h", reason="from transformers 5.3 on"
+    )
     options = {"n_routed_experts": EXPERTS, "moe_intermediate_size": INNER, "hidden_size": WIDTH}
-    return filled(NemotronHExperts(NemotronHConfig(**options)))
+    return filled(nemotron.NemotronHExperts(nemotron.NemotronHConfig(**options)))
 
 
 def tokens(kind: str, count: int = 11) -> tuple[torch.Tensor, ...]:

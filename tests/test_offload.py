@@ -6,6 +6,7 @@ import shutil
 import psutil
 import pytest
 import torch
+import transformers
 
 import arb_hf
 import tiny
@@ -95,7 +96,12 @@ def test_automatic_map_is_sized_for_the_packed_layers(dense, expected):
     assert packed < 0.7 * full
     model = tiny.binarize(dense, {"device_map": "auto", "max_memory": {"cpu": int(packed * 1.5)}})
     assert set(getattr(model, "hf_device_map", {"": "cpu"}).values()) == {"cpu"}
-    model = tiny.binarize(dense, {"device_map": "auto", "max_memory": {"cpu": int(packed * 0.7)}})
+    small = {"device_map": "auto", "max_memory": {"cpu": int(packed * 0.7)}}
+    if transformers.__version__.startswith("5.0."):  # which loads nothing of a model that is all on the disk
+        with pytest.raises(ArbCalibrationError, match="was not loaded: max_memory is too small"):
+            tiny.binarize(dense, small)
+        return
+    model = tiny.binarize(dense, small)
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     assert torch.equal(model(IDS).logits, expected[1])
 

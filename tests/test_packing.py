@@ -16,7 +16,7 @@ from arb_hf.packing import pack, pack_bits, pack_mask, stored_order, unpack, unp
 def binary_weights(draw) -> BinaryWeight:
     """Any form, any shape, random planes and scales; not necessarily what a method would find."""
     n, m = draw(st.integers(1, 40)), draw(st.integers(1, 150))
-    block_size = draw(st.sampled_from([32, 64, 128]))
+    block_size = draw(st.sampled_from([32, 64, 96, 128, 4096]))
     groups = draw(st.integers(1, 2))
     salient_groups = draw(st.integers(1, groups))
     columns = draw(st.booleans())

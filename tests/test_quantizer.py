@@ -218,7 +218,7 @@ def test_non_finite_models_are_refused_by_name(tmp_path):
 
 def test_bad_data_is_refused_before_the_first_forward_pass(tiny_model, monkeypatch):
     monkeypatch.setattr("arb_hf.calibrate.run.capture", lambda *_: pytest.fail("a forward pass was spent"))
-    with pytest.raises(ArbCalibrationError, match="has 20 tokens, but num_samples=128"):
+    with pytest.raises(ArbCalibrationError, match="has 20 tokens, fewer than one sequence"):
         binarize(tiny_model, dataset=[words(20)], sequence_length=32)
 
 
@@ -244,7 +244,7 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop(f"{Q}.second_plane"), f"tensor {Q}.second_plane is missing"),
+        (lambda t: t.pop(f"{Q}.second_plane"), rf"model\.safetensors: tensor {Q}\.second_plane is missing"),
         (
             lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].contiguous()}),
             rf"tensor {Q}\.weight is I32 \[2, 96\]",
@@ -253,7 +253,7 @@ Q = "model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.extra": t[f"{Q}.weight"].clone()}), rf"surplus tensor {Q}\.extra"),
         (lambda t: t[f"{Q}.row_parameters"].fill_(float("nan")), rf"{Q}\.row_parameters holds NaN"),
         (lambda t: t[f"{Q}.salient_columns"].fill_(255), rf"{Q}\.salient_columns marks 96 columns"),
-        (lambda t: t.pop("model.norm.weight"), "missing keys in the checkpoint: model.norm.weight"),
+        (lambda t: t.pop("model.norm.weight"), r"model\.safetensors: tensor model\.norm\.weight is missing"),
         (lambda t: t.update({"model.stray": torch.zeros(2)}), "unexpected keys in the checkpoint: model.stray"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ArbCalibrationError
 
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn
+NOT_FINITE = "the Hessian is not finite: calibration inputs hold NaN or infinite values"
 SMALLEST_RETRY = 0.01  # a damping of 0 can only be multiplied from here
 
 
@@ -53,7 +54,7 @@ def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.d
         raise ArbCalibrationError(f"the Hessian has shape {list(hessian.shape)}, the weight needs [{size}, {size}]")
     diagonal = hessian.diagonal()
     if not torch.isfinite(hessian).all():
-        raise ArbCalibrationError("the Hessian is not finite: calibration inputs hold NaN or infinite values")
+        raise ArbCalibrationError(NOT_FINITE)
     dead = diagonal == 0
     for factor in DAMPING_LADDER:
         relative = damping if factor == 1.0 else max(damping, SMALLEST_RETRY / 10) * factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -48,15 +49,17 @@ def binarize_weight(weight: Tensor, hessian: Tensor | None, config: Any) -> Bina
         config: an :class:`arb_hf.ArbConfig` or :class:`BinarizeOptions`.
 
     Returns:
-        The binary weight with float32 scales; packing rounds them to ``scale_dtype``.
+        The binary weight with float32 scales; packing rounds them to ``scale_dtype``. For a power of two c, the result
+        for ``c * weight`` is exactly c times that for ``weight``. The same input gives the same bits on the same machine
+        with the same number of threads.
 
     Raises:
         ArbCalibrationError: weight or Hessian is not finite, or their shapes do not fit.
     """
-    weight = _checked(weight)
+    weight, unit = in_units(_checked(weight))
     options = BinarizeOptions.of(config)
     factor = factorize(hessian, weight.shape[1], options.damping, weight.device)
-    return solve(weight, hessian, factor, options)
+    return solve(weight, hessian, factor, options).scaled(unit)
 
 
 def binarize_and_record(
@@ -64,9 +67,10 @@ def binarize_and_record(
 ) -> tuple[BinaryWeight, SolveRecord]:
     """Like :func:`binarize_weight` with a given factor (linears that share an input share it), and what it did."""
     start = time.perf_counter()
-    weight = _checked(weight)
-    binary = solve(weight, hessian, factor, options)
-    difference = weight - binary.rounded().dequantize()
+    weight, unit = in_units(_checked(weight))
+    binary = solve(weight, hessian, factor, options).scaled(unit)
+    binary.require_storable()
+    difference = weight - binary.rounded().scaled(1 / unit).dequantize()
     energy = weight.square().sum(dtype=torch.float64).item()
     record = SolveRecord(
         output_error=None if hessian is None else output_error(difference, weight, hessian),
@@ -86,15 +90,31 @@ def _checked(weight: Tensor) -> Tensor:
         raise ArbCalibrationError(
             f"a weight matrix has two dimensions, none empty; this one has shape {list(weight.shape)}"
         )
+    require_finite_weight(weight)
+    return weight.detach().to(torch.float32)
+
+
+def require_finite_weight(weight: Tensor) -> None:
+    """Raise :class:`ArbCalibrationError` if a weight holds NaN or infinite entries."""
     if not torch.isfinite(weight.sum(dtype=torch.float64)):  # one pass; float64 holds any sum of finite weights
         bad = int((~torch.isfinite(weight)).sum())
         raise ArbCalibrationError(f"the weight is not finite: {bad} of {weight.numel()} entries are NaN or infinite")
-    return weight.detach().to(torch.float32)
+
+
+def in_units(weight: Tensor) -> tuple[Tensor, float]:
+    """A matrix as ``(weight / unit, unit)`` with the power of two ``unit`` that brings its largest magnitude to 1..2.
+
+    Exact, so that nothing but the published algorithm's absolute epsilons sees it: these were chosen for weights of an
+    ordinary size, and squares of others leave the range of float32.
+    """
+    exponent = math.frexp(weight.abs().max().item())[1] - 1
+    unit = math.ldexp(1.0, max(exponent, -126))  # 1 / unit must be a float32 too
+    return weight / unit, unit
 
 
 @torch.no_grad()
 def solve(weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions) -> BinaryWeight:
-    """Binarize a checked float32 matrix as ``options.refinement`` says."""
+    """Binarize a float32 matrix of ordinary size (:func:`in_units`) as ``options.refinement`` says."""
     if options.refinement == "full":
         return binarize_full(weight, hessian, factor, options)
     return _binarize_published(weight, hessian, factor, options)
@@ -123,14 +143,14 @@ def _binarize_published(
 
 
 def _second_moment(hessian: Tensor | None, columns: slice, factor: HessianFactor) -> Tensor:
-    """S of a block, ``H_raw / 2`` (ALGORITHM 1.4); the identity without data."""
+    """S of a block, ``H_raw / 2`` (ALGORITHM 1.4), in units like the weights; the identity without data."""
     if hessian is None or factor.data_free:
         return torch.eye(columns.stop - columns.start, device=factor.upper.device)
-    return hessian[columns, columns] / 2
+    return in_units(hessian[columns, columns])[0]
 
 
 def _partition(values: Tensor, diagonal: Tensor, second_moment: Tensor, options: BinarizeOptions) -> Partition:
-    metric = partition.saliency(values, diagonal, options.salient_metric)
+    metric, _ = in_units(partition.saliency(values, diagonal, options.salient_metric))
     salient = partition.find_salient_columns(metric, options.max_salient_columns)
     if not options.group_bitmap:
         return Partition(salient, None)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import ArbCalibrationError
 from ..form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
 
 INT8_LEVELS = 127
+LOST = 1 / 16  # of the scales, in norm: rounding takes 0.2 % at most, so more is underflow
+CURE = 'store them with scale_dtype="float32" or "bfloat16"'
 
 
 def as_signs(bits: Tensor) -> Tensor:
@@ -124,7 +127,7 @@ class BinaryWeight:
 
     def rounded(self) -> BinaryWeight:
         """The same weight as it will be after packing: scales as stored, zero signs made +1."""
-        weight = self.normalized() if self.form.scale_dtype == "int8" else self
+        weight = self.settled()
         return replace(
             weight,
             signs=as_signs(self.signs >= 0),
@@ -133,6 +136,40 @@ class BinaryWeight:
             column_scales=decode_columns(encode_columns(weight.column_scales, self.form.scale_dtype)),
             salient_column_scales=decode_columns(encode_columns(weight.salient_column_scales, self.form.scale_dtype)),
         )
+
+    def scaled(self, factor: float) -> BinaryWeight:
+        """``factor`` times the weight; exact for a power of two."""
+        return replace(self, row_parameters=self.row_parameters * factor)
+
+    def require_storable(self) -> None:
+        """Make sure that rounding to ``scale_dtype`` changes the scales in their last digits only.
+
+        Raises:
+            ArbCalibrationError: scales that are too large or too small for their type.
+        """
+        name = self.form.scale_dtype
+        parts: list[Tensor | None]
+        if name == "int8":  # codes fit always, the largest magnitudes that they count in are float16
+            dtype, parts = ABSMAX_DTYPE, [self.settled().row_parameters.abs().amax(-1)]
+        else:
+            dtype, parts = SCALE_DTYPES[name], [self.row_parameters, self.column_scales, self.salient_column_scales]
+        limits = torch.finfo(dtype)
+        for exact in (part for part in parts if part is not None and part.numel()):
+            stored, largest = exact.to(dtype).to(exact.dtype), exact.abs().max()
+            if not torch.isfinite(stored).all():
+                raise ArbCalibrationError(
+                    f"its scales reach {largest:.3g}, {name} ones end at {limits.max:.3g}; {CURE}"
+                )
+            unit = largest.clamp(min=torch.finfo(exact.dtype).tiny)  # the squares of tiny scales are no floats
+            if ((stored - exact) / unit).norm() > LOST * (exact / unit).norm():
+                raise ArbCalibrationError(
+                    f"its scales are at most {largest:.3g}, and the least {name} one is "
+                    f"{limits.smallest_normal * limits.eps:.3g}; {CURE}"
+                )
+
+    def settled(self) -> BinaryWeight:
+        """:meth:`normalized` where the stored form needs it, which is for int8 scales."""
+        return self.normalized() if self.form.scale_dtype == "int8" else self
 
     def normalized(self) -> BinaryWeight:
         """The free factor between row and column scales settled: the largest ``|column scale|`` of each slot is 1.
@@ -143,7 +180,7 @@ class BinaryWeight:
             return self
         rows, columns = self.row_parameters.clone(), self.column_scales.clone()
         extra = None if self.salient_column_scales is None else self.salient_column_scales.clone()
-        settled = replace(self, row_parameters=rows, column_scales=columns, salient_column_scales=extra)
+        normal = replace(self, row_parameters=rows, column_scales=columns, salient_column_scales=extra)
         for block, span, salient_span in self.blocks():
             salient = self.salient[span]
             for group in range(self.form.groups):
@@ -155,7 +192,7 @@ class BinaryWeight:
                         _settle(row, columns[position, span], salient)
                     elif extra is not None:
                         _settle(row, extra[position - self.form.groups, salient_span], None)
-        return settled
+        return normal
 
 
 def _settle(row: Tensor, column: Tensor, where: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
@@ -88,6 +89,18 @@ def read_text(data: Any, tokenizer: Any = None, split: str = "train") -> str:
     if not text.strip():
         raise ArbCalibrationError("the text is empty")
     return text
+
+
+def load_tokenizer(name: str | os.PathLike) -> Any:
+    """The tokenizer of a name or folder.
+
+    Raises:
+        OSError: there is none; transformers 5.0 makes an empty one then.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise OSError(f"{name} has no tokenizer: the one made for it knows special tokens only")
+    return tokenizer
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
@@ -198,8 +211,9 @@ def _json(line: str, number: int, source: str) -> Any:
 
 def _download(name: str, split: str) -> list[str]:
     path, subset, column, files = NAMED[name]
+    datasets = _datasets()
     try:
-        data = _datasets().load_dataset(path, subset, data_files=files and {split: files[split]}, split=split)
+        data = datasets.load_dataset(path, subset, data_files=files and {split: files[split]}, split=split)
     except Exception as error:  # offline, gated, renamed: datasets raises many types
         reason = str(error).partition("\n")[0]
         raise ArbCalibrationError(
@@ -220,6 +234,11 @@ def _datasets() -> Any:
 def _windows(text: str, tokenizer: Any, config: ArbConfig) -> list[Batch]:
     ids = tokenize(text, tokenizer)
     length, wanted = config.sequence_length, config.num_samples
+    if ids.numel() < length:
+        raise ArbCalibrationError(
+            f"the calibration text has {ids.numel()} tokens, fewer than one sequence of sequence_length={length}; "
+            "pass more text or lower sequence_length"
+        )
     if ids.numel() < wanted * length:
         raise ArbCalibrationError(
             f"the calibration text has {ids.numel()} tokens, but num_samples={wanted} x sequence_length={length} "

@@ -88,6 +88,12 @@ class InputGroup:
         upper = (total * (2 / self.sequences)).to(torch.float32).triu_()
         return upper + upper.triu(1).T
 
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN or infinite input came by."""
+        totals = (moment.total for moment in (self.own, self.lent))
+        return all(bool(torch.isfinite(total).all()) for total in totals if total is not None)
+
     def release(self) -> None:
         """Free the sums; the counts stay."""
         self.own.total = self.lent.total = None

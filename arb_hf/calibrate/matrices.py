@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..binarize import binarize_and_record
-from ..binarize.hessian import HessianFactor, factorize
+from ..binarize.hessian import NOT_FINITE, HessianFactor, factorize
+from ..binarize.solve import require_finite_weight
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
 from .capture import LayerCalls
@@ -66,6 +67,7 @@ def _binarize_groups(
             group.release()
             return_freed_memory()
 
+    _require_finite(groups, linears)
     mine = [
         dataclasses.replace(group, names=names)
         for group in groups
@@ -80,6 +82,20 @@ def _binarize_groups(
     mine.sort(key=lambda group: -sum(linears[name].weight.numel() for name in group.names))
     with _pool(workers, threads) as each:
         return {name: result for results in each(work, mine) for name, result in results.items()}
+
+
+def _require_finite(groups: list[InputGroup], linears: dict[str, nn.Linear]) -> None:
+    """Where inputs are not finite, name the first cause on the way of the forward pass: inputs, or a weight before them."""
+    if all(group.finite for group in groups):
+        return  # weights are looked at one by one as they are binarized
+    for group in groups:
+        if not group.finite:
+            raise ArbCalibrationError(f"{group.names[0]}: {NOT_FINITE}")
+        for name in group.names:
+            try:
+                require_finite_weight(linears[name].weight)
+            except ArbCalibrationError as error:
+                raise ArbCalibrationError(f"{name}: {error}") from error
 
 
 @contextlib.contextmanager

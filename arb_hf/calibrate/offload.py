@@ -27,6 +27,9 @@ from accelerate.utils import get_balanced_memory, infer_auto_device_map, named_m
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import ArbCalibrationError
+from ..nn import BinaryLinear
+
 logger = logging.getLogger(__name__)
 HOST = ("cpu", "disk")
 
@@ -77,6 +80,8 @@ class Placement:
             return
         devices = set(map(str, device_map.values()))
         if devices == {"cpu"}:
+            if hasattr(model, "hf_device_map"):  # of the loading: transformers 5.0 sized the full-precision model
+                model.hf_device_map = device_map  # type: ignore[assignment]
             return
         if len(devices) == 1 and "disk" not in devices:
             nn.Module.to(model, _device(next(iter(device_map.values()))))
@@ -131,13 +136,25 @@ def fetch_layer(layer: nn.Module) -> None:
 
 
 def fetch_outside(model: PreTrainedModel, layers: nn.ModuleList) -> None:
-    """:func:`fetch` everything but the decoder layers; weights that are tied stay so."""
+    """:func:`fetch` everything but the decoder layers; weights that are tied stay so.
+
+    Raises:
+        ArbCalibrationError: something was not loaded at all.
+    """
     inside = {id(module) for layer in layers for module in layer.modules()}
     outside = [module for module in model.modules() if id(module) not in inside]
     if any(hasattr(module, "_hf_hook") for module in outside):
         for module in outside:
             fetch(module)
         model.tie_weights()
+    lost = next(
+        (name for each in outside for name, tensor in each.named_parameters(recurse=False) if tensor.is_meta), None
+    )
+    if lost is not None:  # transformers 5.0 does so where max_memory leaves nothing but the disk
+        raise ArbCalibrationError(
+            f"a parameter {lost} was not loaded: max_memory is too small for this transformers to place the original; "
+            "raise it, pass a device_map that names modules, or upgrade transformers"
+        )
 
 
 def stored_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Callable[[], Tensor]]]:
@@ -169,6 +186,21 @@ def _offload_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     aligning = [each for each in hooks if isinstance(each, AlignDevicesHook)]
     return [each for each in aligning if each.offload and each.weights_map is not None]
+
+
+def keep_stored_types(model: nn.Module) -> None:
+    """Packed tensors that accelerate reads from disk keep their types.
+
+    transformers 5.0 has it cast everything to the model's dtype, planes of bits too: the outputs would be noise.
+    """
+    for module in [each for each in model.modules() if isinstance(each, BinaryLinear)]:
+        for hook in _offload_hooks(module):
+            index = getattr(getattr(hook.weights_map, "dataset", None), "index", {})
+            prefix = getattr(hook.weights_map, "prefix", "")
+            for part, (_, dtype) in module.form.tensors().items():
+                entry = index.get(f"{prefix}{part}", {})
+                if "dtype" in entry:
+                    entry["dtype"] = str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import native
@@ -29,7 +30,7 @@ from ..nn.linears import expose_linears
 from ..report import ArbReport, MatrixRecord, TuneRecord
 from .capture import LayerCalls, capture, run_layer
 from .checkpoint import LayerStore, changed_tensors, explained_stops, fingerprint, kept_digests
-from .data import Batch, load_batches
+from .data import Batch, load_batches, load_tokenizer
 from .decoder import find_decoder_layers, survey
 from .distributed import Processes, Results
 from .hessians import expert_lists
@@ -102,6 +103,10 @@ def binarize_model(
         ArbCalibrationError: unusable data or model; raised before the first forward pass wherever that can be known.
             Also a folder of checkpoints that is in use, full, or another run's, and a process of this run that ended.
     """
+    if model.training:
+        raise ArbCalibrationError(
+            "the model is in training mode, where dropout would disturb calibration: call model.eval()"
+        )
     prefix, layers = find_decoder_layers(model)
     coverage = survey(model, prefix, layers, config, skip)
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
@@ -193,12 +198,12 @@ def _progress(total: int, processes: Processes) -> Any:
 
 def _load_data(model: PreTrainedModel, config: ArbConfig) -> list[Batch]:
     @functools.cache
-    def load_tokenizer() -> Any:
+    def own_tokenizer() -> Any:
         tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
-        if not isinstance(tokenizer, str):
+        if not isinstance(tokenizer, str | os.PathLike):
             return tokenizer
         try:
-            return AutoTokenizer.from_pretrained(tokenizer)
+            return load_tokenizer(tokenizer)
         except Exception as error:
             raise ArbCalibrationError(
                 f"no tokenizer could be loaded from {tokenizer!r} ({type(error).__name__}); "
@@ -207,7 +212,7 @@ def _load_data(model: PreTrainedModel, config: ArbConfig) -> list[Batch]:
 
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
-    return load_batches(config, load_tokenizer, text_config.vocab_size, limit)
+    return load_batches(config, own_tokenizer, text_config.vocab_size, limit)
 
 
 def _versions() -> dict[str, str]:

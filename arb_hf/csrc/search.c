@@ -498,6 +498,6 @@ ARB_EXPORT int arb_sort_magnitudes(uint32_t *values, int64_t count, uint32_t *sp
         values = spare;
         spare = swap;
     }
-    memcpy(spare, values, sizeof(uint32_t) * (size_t)count); /* after three passes `spare` is the caller's `values` */
+    if (count > 0) memcpy(spare, values, sizeof(uint32_t) * (size_t)count); /* after three passes `spare` is the caller's `values` */
     return 0;
 }

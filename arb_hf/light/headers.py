@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import ArbFormatError
+
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 INDEX = "model.safetensors.index.json"
 REPORT = "arb_report.json"
 WORD = 32
+# Bits of a number of each type; a header may name others.
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
+BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
 
 
 def read_header(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """The tensors of a safetensors file: name -> ``{"dtype", "shape", "data_offsets"}``.
 
     Raises:
-        ValueError: not a safetensors file, or one that ends before its last tensor.
+        ArbFormatError: not a safetensors file, or one that ends before its last tensor.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -27,36 +32,78 @@ def read_header(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ValueError(f"{path.name}: not a safetensors file")
+            raise ArbFormatError(f"{path.name}: not a safetensors file")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-            [_product(entry["shape"]) for entry in header.values()]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{path.name}: not a safetensors file ({error})") from error
+            end = max((_end(entry) for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArbFormatError(f"{path.name}: not a safetensors file ({error})") from error
     if end > size - 8 - length:
-        raise ValueError(f"{path.name}: cut off: its tensors need {end + 8 + length} bytes, it has {size}")
+        raise ArbFormatError(f"{path.name}: cut off: its tensors need {end + 8 + length} bytes, it has {size}")
     return header
+
+
+def _end(entry: Mapping[str, Any]) -> int:
+    """Where a tensor ends; its type, shape and place must agree."""
+    (start, end), bits, count = entry["data_offsets"], BITS.get(entry["dtype"]), _product(entry["shape"])
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
+        raise ValueError(f"data_offsets {entry['data_offsets']}")
+    if bits is not None and count * bits != (end - start) * 8:
+        raise ValueError(f"{entry['dtype']} {entry['shape']} in {end - start} bytes")
+    return end
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order; those its index names if it has one.
 
     Raises:
-        ValueError: none, or the index names a file that is not there.
+        ArbFormatError: none, or the index names a file that is not there.
     """
     index = folder / INDEX
     if index.is_file():
-        names = sorted({str(name) for name in _json(index).get("weight_map", {}).values()})
-        missing = [name for name in names if os.path.basename(name) != name or not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{INDEX} names {missing[0]}, which is not in {folder}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"there are no safetensors files in {folder}")
+        files = [folder / name for name in shard_names(read_json(index))]
+        for path in files:
+            if not path.is_file():
+                raise ArbFormatError(f"{INDEX} names {path.name}, which is not in {folder}")
+    else:
+        files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+        if not files:
+            raise ArbFormatError(f"there are no safetensors files in {folder}")
+    for path in files:
+        require_inside(path, folder)
     return files
+
+
+def shard_names(index: Mapping[str, Any]) -> list[str]:
+    """The files that an index names, in order.
+
+    Raises:
+        ArbFormatError: it is no index, or names something else than files beside it.
+    """
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ArbFormatError(f"{INDEX}: weight_map is not a mapping from tensor to file")
+    for name in shards.values():
+        plain = name.isprintable() and os.path.basename(name) == name and "\\" not in name and len(name) < 256
+        if not plain or name in ("", ".", ".."):
+            raise ArbFormatError(f"{INDEX} names {name[:256]!r}, which is no file of the model's own folder")
+    return sorted(set(shards.values()))
+
+
+def require_inside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Refuse a file that is elsewhere, or a link to elsewhere; the Hub's cache may link to its own blobs.
+
+    Raises:
+        ArbFormatError: it is outside ``folder``.
+    """
+    place, root = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not place.is_relative_to(root):
+        raise ArbFormatError(f"{path} is outside the model's folder {folder}")
+    if not target.is_relative_to(home) and not target.is_relative_to(blobs):
+        raise ArbFormatError(f"{place.name} links to {target}, outside the model's folder: put the file itself there")
 
 
 def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
@@ -69,14 +116,16 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
         the config names and no file holds), ``tensors`` (name -> dtype and shape) and ``report`` (of the run, or None).
 
     Raises:
-        ValueError: not a model folder, or a damaged file.
+        ValueError: not a model folder; a damaged file (:class:`ArbFormatError`).
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path} is not a folder with a model")
-    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     quantization = config.get("quantization_config") or {}
-    modules = quantization.get("modules") or {}
+    modules = quantization.get("modules") or {} if isinstance(quantization, dict) else None
+    if not isinstance(modules, dict):
+        raise ArbFormatError("config.json: quantization_config, or its modules, is not a JSON object")
     files = weight_files(folder)
     tensors: dict[str, dict[str, Any]] = {}
     for file in files:
@@ -100,7 +149,9 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
         kind["layers"] += 1
         kind["weights"] += weights
         kind["bits"] += bits
-    owners = set(parts)
+    covered = {
+        ".".join(names[:count]) for names in (owner.split(".") for owner in parts) for count in range(1, len(names) + 1)
+    }
     return {
         "path": str(path),
         "files": {file.name: file.stat().st_size for file in files},
@@ -110,9 +161,9 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
         "binary": binary,
         "kept": kept,
         "bits_per_weight": binary["bits"] / binary["weights"] if binary["weights"] else None,
-        "missing": [name for name in modules if not any(_within(owner, (name,)) for owner in owners)],
+        "missing": [name for name in modules if name not in covered],
         "tensors": {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in tensors.items()},
-        "report": _json(folder / REPORT) if (folder / REPORT).is_file() else None,
+        "report": read_json(folder / REPORT) if (folder / REPORT).is_file() else None,
     }
 
 
@@ -132,23 +183,38 @@ def table(summary: Mapping[str, Any]) -> str:
     total = binary["weights"] + kept["weights"], binary["bits"] + kept["bits"]
     lines.append(_row("whole model", "", *total))
     if report:
+        lines += ["", *_report_lines(report)]
+    if summary["missing"]:
+        lines += ["", f"DAMAGED: no tensors for {len(summary['missing'])} modules, first {summary['missing'][0]}"]
+    return printable("\n".join(lines))
+
+
+def _report_lines(report: Mapping[str, Any]) -> list[str]:
+    try:
         made = f"{report.get('samples')} calibration samples, mean output error {report.get('output_error', 0):.4f}"
-        lines += ["", f"binarized from {report.get('model')}: {made}, {report.get('seconds', 0):.0f} s"]
+        lines = [f"binarized from {report.get('model')}: {made}, {report.get('seconds', 0):.0f} s"]
         for each in report.get("measurements", []):
             before = "" if each.get("baseline") is None else f" (original {each['baseline']:.4g})"
             lines.append(f"{each['metric']} on {each['data']}, {each['protocol']}: {each['value']:.4g}{before}")
-    if summary["missing"]:
-        lines += ["", f"DAMAGED: no tensors for {len(summary['missing'])} modules, first {summary['missing'][0]}"]
-    return "\n".join(lines)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ArbFormatError(f"{REPORT}: not a report of an arb_hf run: {type(error).__name__}: {error}") from error
+    return lines
+
+
+def printable(text: str) -> str:
+    """Text without what would steer a terminal: names in files are a stranger's."""
+    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
 
 
 def _product(shape: list[int]) -> int:
     """Product of a shape's sizes, which must be counts."""
     product = 1
     for size in shape:
-        if not isinstance(size, int) or size < 0:
+        if type(size) is not int or not 0 <= size < 2**63:
             raise ValueError(f"shape {shape}")
         product *= size
+    if product >= 2**63:
+        raise ValueError(f"shape {shape}")
     return product
 
 
@@ -180,14 +246,15 @@ def _dense_weights(entries: Mapping[str, Mapping[str, Any]]) -> int:
     """Weights that a layer's planes stand for. Without column scales the width is known to a byte of the mask only."""
     if "weight" not in entries:
         return 0
-    *lead, words, rows = entries["weight"]["shape"]
-    if "column_scales" in entries:
-        columns = entries["column_scales"]["shape"][-1]
-    elif "salient_columns" in entries:
-        columns = entries["salient_columns"]["shape"][-1] * 8
+    shapes = {part: entry["shape"] or [0] for part, entry in entries.items()}
+    words, rows = ([0, *shapes["weight"]])[-2:]
+    if "column_scales" in shapes:
+        columns = shapes["column_scales"][-1]
+    elif "salient_columns" in shapes:
+        columns = shapes["salient_columns"][-1] * 8
     else:
         columns = words * WORD
-    return _product(lead) * columns * rows
+    return columns * rows
 
 
 def kind_of(name: str) -> str:
@@ -197,11 +264,16 @@ def kind_of(name: str) -> str:
     return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        ArbFormatError: the file holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ArbFormatError(f"{path}: not JSON ({error})") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise ArbFormatError(f"{path}: not a JSON object")
     return data

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .headers import inspect_folder, table
+from .headers import inspect_folder, printable, table
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted"
 # Arguments of ArbConfig that a run fills in.
@@ -58,7 +58,7 @@ def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.tensors:
         summary["tensors"] = tensors
         lines = [f"{name:<60} {entry['dtype']:<5} {entry['shape']}" for name, entry in sorted(tensors.items())]
-        text = "\n".join([text, "", *lines])
+        text = "\n".join([text, "", printable("\n".join(lines))])
     return summary, text
 
 
