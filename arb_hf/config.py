@@ -27,6 +27,10 @@ PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions))
 FORM_OPTIONS = ("method", "block_size", "group_bitmap", "column_group_bitmap", "scale_dtype")
 
 
+# Steps of tuning by default, for each refinement.
+TUNE_STEPS = {"paper": 0, "full": 32}
+
+
 class ArbConfig(QuantizationConfigMixin):
     """How to binarize a model, for ``from_pretrained(..., quantization_config=ArbConfig(...))``.
 
@@ -41,6 +45,8 @@ class ArbConfig(QuantizationConfigMixin):
         max_salient_columns: salient columns per block stay below this number.
         damping: added to H's diagonal, as a fraction of its mean.
         refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README.
+        tune_steps: steps of gradient by which each decoder layer is tuned after it is binarized, 0 for none. Needs
+            ``refinement="full"``, whose default is 32; ``"paper"`` is never tuned. Layers with experts are left out.
         dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``), a path (.txt, .raw, .jsonl,
             .parquet), a list of strings, chats, token tensors or ``{"input_ids", "attention_mask"}``, or a
             ``datasets.Dataset``.
@@ -75,6 +81,7 @@ class ArbConfig(QuantizationConfigMixin):
         max_salient_columns: int = 50,
         damping: float = 0.01,
         refinement: str = "paper",
+        tune_steps: int | None = None,
         dataset: Any = "c4",
         num_samples: int = 128,
         sequence_length: int = 2048,
@@ -100,6 +107,7 @@ class ArbConfig(QuantizationConfigMixin):
         self.max_salient_columns = max_salient_columns
         self.damping = damping
         self.refinement = refinement
+        self.tune_steps: int = tune_steps  # type: ignore[assignment]
         self.dataset = dataset
         self.num_samples = num_samples
         self.sequence_length = sequence_length
@@ -133,6 +141,11 @@ class ArbConfig(QuantizationConfigMixin):
         self._integer("max_salient_columns", 1, MAX_BLOCK_SIZE)
         self._number("damping")
         self._one_of("refinement", REFINEMENTS)
+        if self.tune_steps is None:
+            self.tune_steps = TUNE_STEPS[self.refinement]
+        self._integer("tune_steps", 0, 1_000_000)
+        if self.tune_steps and self.refinement == "paper":
+            self._refuse("tune_steps", '0 or None: refinement="paper" is the published algorithm; choose "full"')
         self._integer("num_samples", 1)
         self._integer("sequence_length", 1)
         self._integer("batch_size", 1)

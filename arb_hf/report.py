@@ -49,6 +49,21 @@ class MatrixRecord:
 
 
 @dataclass(frozen=True)
+class TuneRecord:
+    """One tuned decoder layer.
+
+    ``before``, ``after``: its loss on held-out calibration sequences, see ``calibrate.tune.token_errors``, of the
+    weights as stored. ``steps``: of gradient. ``seconds``: time taken.
+    """
+
+    layer: int
+    before: float
+    after: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One quality figure of the packed model.
 
@@ -75,7 +90,8 @@ class ArbReport:
         config: the options used (``ArbConfig.to_dict()``).
         model: name or path of the original model.
         samples, tokens: calibration sequences and their tokens, padding apart.
-        matrices: a record per binarized matrix.
+        matrices: a record per binarized matrix; output errors are those before tuning.
+        tuned: a record per tuned decoder layer.
         coverage: what was binarized and what was kept, and why.
         stages: seconds spent per stage of the run.
         versions: of the packages that took part.
@@ -91,6 +107,7 @@ class ArbReport:
     versions: dict[str, str] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
     coverage: Coverage | None = None
+    tuned: list[TuneRecord] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ArbReport:
@@ -110,6 +127,7 @@ class ArbReport:
                 versions=dict(data["versions"]),
                 measurements=[_known(Measurement, each) for each in data.get("measurements", [])],
                 coverage=Coverage.from_dict(data["coverage"]) if data.get("coverage") else None,
+                tuned=[_known(TuneRecord, each) for each in data.get("tuned", [])],
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArbFormatError(f"not a report of an arb_hf run: {type(error).__name__}: {error}") from error
@@ -166,6 +184,7 @@ class ArbReport:
             "measurements": [dataclasses.asdict(each) for each in self.measurements],
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "starved": len(self.starved),
+            "tuned": [dataclasses.asdict(each) for each in self.tuned],
             "matrices": [each.row() for each in self.matrices],
         }
 
@@ -228,6 +247,10 @@ class ArbReport:
         lines.append(
             f"{'all':<28}{len(self.matrices):>6}{'':>16}{self.output_error:>14.4f}{self.bits_per_weight:>13.3f}"
         )
+        if self.tuned:
+            before = sum(each.before for each in self.tuned) / len(self.tuned)
+            after = sum(each.after for each in self.tuned) / len(self.tuned)
+            lines.append(f"tuned: {len(self.tuned)} decoder layers, held-out loss {before:.4f} -> {after:.4f}")
         return "\n".join(lines)
 
 

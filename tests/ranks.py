@@ -36,8 +36,15 @@ def fail(*_: object) -> None:
     raise ArbCalibrationError("broken on purpose")
 
 
-def play(scene: str, count: int = 2, checkpoint: str | None = None, victim: int | None = None, how: str = "") -> None:
-    """Run ``count`` processes; the victim has a function replaced."""
+def play(
+    scene: str,
+    count: int = 2,
+    checkpoint: str | None = None,
+    victim: int | None = None,
+    how: str = "",
+    **options: object,
+) -> None:
+    """Run ``count`` processes; the victim has a function replaced. ``options``: of the run."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -51,7 +58,7 @@ def play(scene: str, count: int = 2, checkpoint: str | None = None, victim: int 
         if rank == victim:
             setattr(*{"die": (run, "binarize_layer", die), "fail": (matrices, "binarize_group", fail)}[how])
         try:
-            model = tiny.binarize(FOLDER / "model", checkpoint_dir=checkpoint and FOLDER / checkpoint)
+            model = tiny.binarize(FOLDER / "model", checkpoint_dir=checkpoint and FOLDER / checkpoint, **options)
             save_file(model.state_dict(), folder / "model.safetensors")  # save_pretrained writes on the first rank only
             model.arb_report.to_json(folder / "report.json")
         except Exception:
@@ -70,6 +77,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tiny.save_model(FOLDER / "model")
     play("two")
+    play("tuned", refinement="full", tune_steps=4)
     for victim in range(2):
         play(f"kill {victim}", checkpoint=f"checkpoint {victim}", victim=victim, how="die")
         play(f"resume {victim}", checkpoint=f"checkpoint {victim}")

@@ -18,7 +18,8 @@ WRONG = {
     "salient_metric": ["hessians"],
     "max_salient_columns": [0, -1],
     "damping": [-0.1, float("nan"), float("inf"), "0.01", True],
-    "refinement": ["fuller"],
+    "refinement": ["fuller", ["full"]],
+    "tune_steps": [-1, 0.5, "8", 3],  # the last because refinement is "paper"
     "num_samples": [0],
     "sequence_length": [0, 2.0],
     "batch_size": [0],

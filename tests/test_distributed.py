@@ -61,6 +61,14 @@ def test_two_processes_agree_to_the_bit_and_with_one_nearly(scenes):
     assert per_layer[0] == pytest.approx(per_layer[1], rel=1e-3)
 
 
+def test_two_processes_tune_alike(scenes):
+    tiny.assert_equal(weights(scenes, "tuned", 0), weights(scenes, "tuned", 1))
+    tuned = [json.loads((scenes / "tuned" / str(rank) / "report.json").read_text())["tuned"] for rank in range(2)]
+    losses = [[(each["before"], each["after"]) for each in report] for report in tuned]
+    assert losses[0] == losses[1]
+    assert [each["steps"] for each in tuned[0]] == [4] * tiny.LAYERS
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_others_and_resume_works(scenes, victim):
     assert outcome(scenes, f"kill {victim}", victim)[0] == -signal.SIGKILL

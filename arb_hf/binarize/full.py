@@ -7,6 +7,7 @@ on the output error of the whole matrix, ``tr((W - Q) H (W - Q)^T)``: scales, th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -81,7 +82,7 @@ def choose_salient_columns(weight: Tensor, factor: HessianFactor, options: Binar
     return salient
 
 
-def _spans(size: int, block_size: int) -> list[slice]:
+def spans(size: int, block_size: int) -> list[slice]:
     return [slice(first, min(first + block_size, size)) for first in range(0, size, block_size)]
 
 
@@ -93,7 +94,7 @@ def _left_to_right(
     ``dense`` receives the blocks' values.
     """
     remaining = wanted.clone()
-    for span in _spans(len(wanted), form.block_size):
+    for span in spans(len(wanted), form.block_size):
         values, factor = remaining[span], upper[span, span]
         # With the later columns free to compensate, this is the Hessian that the block's error meets.
         effective = torch.cholesky_inverse(factor, upper=True)
@@ -116,7 +117,7 @@ def _descend(
     The last sweep rounds each block's scales before its codes, so that codes and later blocks make up for it.
     """
     done = []
-    for block, span in zip(blocks, _spans(len(gradient), blocks[0].form.block_size), strict=True):
+    for block, span in zip(blocks, spans(len(gradient), blocks[0].form.block_size), strict=True):
         curvature, before = hessian[span, span], dense[span]
         target = before + torch.linalg.solve(curvature, gradient[span])
         block = fit_columns(fit_rows(block, target, curvature), target, curvature)
@@ -151,6 +152,27 @@ def assemble(blocks: list[CodedBlock], form: BinaryForm) -> BinaryWeight:
         column_scales=columns,
         salient_column_scales=extra,
     )
+
+
+def take_apart(weight: BinaryWeight) -> list[CodedBlock]:
+    """The coded blocks of a binary weight: the inverse of :func:`assemble`."""
+    form, salient = weight.form, weight.salient
+    codes = (weight.signs.T > 0).to(torch.uint8).contiguous() * FIRST
+    codes[salient] += (weight.second_signs.T > 0).to(torch.uint8) * SECOND
+    if weight.groups is not None:
+        grouped = weight.groups.T & ~salient[:, None] if form.salient_groups == 1 else weight.groups.T
+        codes += grouped.to(torch.uint8) * GROUP
+    blocks = []
+    for index, span, of_salient in weight.blocks():
+        columns = weight.row_parameters.new_ones(form.slots, span.stop - span.start)
+        if weight.column_scales is not None:
+            columns[: form.groups] = weight.column_scales[:, span]
+            for group, order in itertools.product(range(form.salient_groups), range(2)):
+                scale = weight.salient_scale(group, order, span, of_salient)
+                assert scale is not None
+                columns[form.salient_scale_slot(group, order), salient[span]] = scale
+        blocks.append(CodedBlock(form, salient[span], codes[span], weight.row_parameters[index], columns))
+    return blocks
 
 
 def _plane(codes: Tensor, bit: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..errors import ArbCalibrationError
@@ -24,11 +25,13 @@ class LayerCalls:
 
     ``hidden``: input of the next layer ``[batch, length, hidden]``. ``arguments``: per layer that the model calls, what
     else it is called with; layers share equal tensors (masks, positions). ``mask``: the batch's attention mask.
+    ``reference``: the full-precision model's hidden states at the same place, in runs that tune.
     """
 
     hidden: Tensor
     arguments: dict[int, tuple[tuple, dict[str, Any]]]
     mask: Tensor | None
+    reference: Tensor | None = None
 
 
 class _Captured(Exception):
@@ -137,9 +140,21 @@ def _replaced_forwards(layers: nn.ModuleList, replacement: _Recorder) -> Iterato
             del layer.forward
 
 
-def run_layer(layer: nn.Module, call: LayerCalls, index: int) -> Tensor:
-    """The decoder layer's output hidden states for one batch, on the layer's device."""
+def run_layer(
+    layer: nn.Module,
+    call: LayerCalls,
+    index: int,
+    hidden: Tensor | None = None,
+    parameters: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The decoder layer's output hidden states for one batch, on the layer's device.
+
+    Args:
+        hidden: the input, in place of the call's.
+        parameters: by name, in place of the layer's.
+    """
     device = next(layer.parameters()).device
     args, kwargs = send_to_device(call.arguments[index], device)
-    out = layer(call.hidden.to(device), *args, **kwargs)
+    inputs = ((call.hidden if hidden is None else hidden).to(device), *args)
+    out = layer(*inputs, **kwargs) if parameters is None else functional_call(layer, parameters, inputs, kwargs)
     return out[0] if isinstance(out, tuple) else out

@@ -131,6 +131,12 @@ class Processes:
         self._talk(dist.all_reduce, total)
         return Moment(total, tokens)
 
+    def average(self, tensor: Tensor) -> None:
+        """In place: the mean of the processes' tensors, on every process the same."""
+        if self.count > 1:
+            self._talk(dist.all_reduce, tensor)
+            tensor /= self.count
+
     def owners(self, groups: list[InputGroup], linears: dict[str, nn.Linear]) -> dict[str, int]:
         """Which process binarizes which matrix: the costliest first, each where it is finished earliest."""
         load = [0.0] * self.count

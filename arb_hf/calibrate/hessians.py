@@ -128,7 +128,7 @@ def accumulate(
     """
     groups = _own_moments(layer, linears, calls, index)
     sequences = sum(call.hidden.shape[0] for call in calls)
-    experts = [expert for each in _expert_lists(layer) for expert in each]
+    experts = [expert for each in expert_lists(layer) for expert in each]
     of_experts = {id(module) for expert in experts for module in expert.modules()}
     seen = {name for group in groups for name in group.names}
     for name, linear in linears.items():
@@ -160,7 +160,7 @@ def _own_moments(
             leader = leader_of.setdefault(name, name)
             seen[id(states)] = states, leader
             group = groups.setdefault(leader, InputGroup([], module.in_features, sequences))
-            group.own.add(_unpadded(states, mask))
+            group.own.add(unpadded(states, mask))
         if leader != seen[id(states)][1]:
             raise ArbCalibrationError(f"{name} shares its input with {leader} in one batch and not in another")
         if name not in groups[leader].names:
@@ -168,12 +168,12 @@ def _own_moments(
         if len(called) == last:
             raise _AllSeen
 
-    with _hooks((linear, functools.partial(hook, name)) for name, linear in linears.items()):
+    with input_hooks((linear, functools.partial(hook, name)) for name, linear in linears.items()):
         for call in calls:
             mask = call.mask
             with _padding_unrouted(layer, mask), contextlib.suppress(_AllSeen):
                 run_layer(layer, call, index)
-            if last is None and sorted(called) == sorted(linears) and not _expert_lists(layer):
+            if last is None and sorted(called) == sorted(linears) and not expert_lists(layer):
                 last = len(called)  # each once, and the same in every pass: the rest of a pass gives nothing
             seen.clear()
             called.clear()
@@ -186,7 +186,7 @@ class _AllSeen(Exception):
 
 def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[LayerCalls], index: int) -> None:
     """Show starved experts the tokens of all experts of their list, as if routed to them."""
-    lists = [(each, [e for e in each if any(m in starved for m in e.modules())]) for each in _expert_lists(layer)]
+    lists = [(each, [e for e in each if any(m in starved for m in e.modules())]) for each in expert_lists(layer)]
     showing = False
 
     def lend(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
@@ -204,8 +204,10 @@ def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[La
         showing = False
 
     with (
-        _hooks((linear, lend) for linear in starved),
-        _hooks((expert, functools.partial(show, hungry)) for experts, hungry in lists if hungry for expert in experts),
+        input_hooks((linear, lend) for linear in starved),
+        input_hooks(
+            (expert, functools.partial(show, hungry)) for experts, hungry in lists if hungry for expert in experts
+        ),
     ):
         for call in calls:
             if not any(_hungry(group) for group in starved.values()):
@@ -218,7 +220,7 @@ def _hungry(group: InputGroup) -> bool:
     return group.lent.tokens < ENOUGH_TOKENS * group.inputs
 
 
-def _expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
+def expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
     """The experts of each mixture in a decoder layer, whether they came as stacks or as a list of modules."""
     lists: list[list[nn.Module]] = []
     for name, module in layer.named_modules():
@@ -230,7 +232,7 @@ def _expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
 
 
 @contextlib.contextmanager
-def _hooks(pairs) -> Iterator[None]:
+def input_hooks(pairs) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
     try:
         yield
@@ -252,11 +254,11 @@ def _padding_unrouted(layer: nn.Module, mask: Tensor | None) -> Iterator[None]:
         return args[0], args[1].masked_fill(padding[:, None], module.stacks.count), args[2]
 
     modules = [] if mask is None else [each for each in layer.modules() if isinstance(each, BinaryExperts)]
-    with _hooks((module, hide) for module in modules):
+    with input_hooks((module, hide) for module in modules):
         yield
 
 
-def _unpadded(states: Tensor, mask: Tensor | None) -> Tensor:
+def unpadded(states: Tensor, mask: Tensor | None) -> Tensor:
     """Inputs as rows ``[tokens, features]`` without those of padding, where they can be told apart."""
     rows = states.reshape(-1, states.shape[-1])
     if mask is None or mask.numel() != rows.shape[0]:

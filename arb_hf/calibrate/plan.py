@@ -28,6 +28,7 @@ FLOAT, DOUBLE = 4, 8  # bytes
 # Measured (examples/benchmarks/memory.py): factorizing holds this many matrices of a Hessian's size, binarizing this
 # many float32 copies of a weight and this many bytes per weight of what a whole layer has become.
 FACTOR_COPIES, SOLVE_COPIES, RESULT_BYTES = 4, 12, 4
+TUNE_COPIES = 9  # float32 copies of a layer's weights: latent, dense, their gradients, Adam's moments, intermediates
 # Matrices of which one takes less than this to binarize are shared out over the CPU's threads, larger ones have all
 # threads to themselves. Not by free memory: the same run must make the same choice, for the last bits of its sums.
 SMALL_WORK = 128 * 2**20
@@ -41,7 +42,7 @@ class Plan:
         layers, matrices, weights: counts of what is binarized.
         model: the full-precision weights; memory-mapped, they take memory only while it is free.
         packed: the packed weights, at most; they stay in memory, and in ``checkpoint_dir`` if there is one.
-        activations: one hidden state per calibration token of this process.
+        activations: one hidden state per calibration token of this process, two in runs that tune.
         spooled: whether those go to a file.
         working: what binarizing the largest decoder layer takes on its device, about.
         checkpoint: still to be written to ``checkpoint_dir``, at most.
@@ -79,7 +80,8 @@ def make_plan(
     tokens = sum(batch.input_ids.numel() + 64 for batch in batches)
     embedding = next(iter(model.get_input_embeddings().parameters()))
     hidden = getattr(model.config.get_text_config(), "hidden_size", embedding.shape[-1])
-    activations = int(tokens * hidden * model.dtype.itemsize)
+    followed = 2 if config.tune_steps else 1  # hidden states of the binarized model, and of the full-precision one
+    activations = int(tokens * hidden * model.dtype.itemsize) * followed
     packed = sum(_packed_bytes(matrix, config) for matrix in matrices)
     layers: dict[int, list[Matrix]] = {}
     for matrix in matrices:
@@ -92,7 +94,7 @@ def make_plan(
         packed=packed,
         activations=activations,
         spooled=activations > memory_budget(processes),
-        working=max(_working_bytes(layer, model.dtype.itemsize) for layer in layers.values()),
+        working=max(_working_bytes(layer, model.dtype.itemsize, config.tune_steps > 0) for layer in layers.values()),
         checkpoint=packed if config.checkpoint_dir else 0,
     )
 
@@ -171,11 +173,13 @@ def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
     return form.bits() // 8
 
 
-def _working_bytes(layer: list[Matrix], itemsize: int) -> int:
+def _working_bytes(layer: list[Matrix], itemsize: int, tuned: bool) -> int:
     inputs = {matrix.in_features for matrix in layer}
     weights = sum(matrix.weights for matrix in layer)
     hessians = DOUBLE * sum(size**2 for size in inputs) + FLOAT * FACTOR_COPIES * max(inputs) ** 2
-    return hessians + weights * (itemsize + RESULT_BYTES) + SOLVE_COPIES * FLOAT * max(each.weights for each in layer)
+    solving = hessians + SOLVE_COPIES * FLOAT * max(each.weights for each in layer)
+    tuning = TUNE_COPIES * FLOAT * weights if tuned else 0
+    return weights * (itemsize + RESULT_BYTES) + max(solving, tuning)
 
 
 def _existing(folder: str | os.PathLike) -> Path:

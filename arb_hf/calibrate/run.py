@@ -27,16 +27,19 @@ from ..coverage import Coverage
 from ..errors import ArbCalibrationError
 from ..nn import BinaryLinear
 from ..nn.linears import expose_linears
-from ..report import ArbReport, MatrixRecord
+from ..report import ArbReport, MatrixRecord, TuneRecord
 from .capture import LayerCalls, capture, run_layer
 from .checkpoint import LayerStore, changed_tensors, explained_stops, fingerprint, kept_digests
 from .data import Batch, load_batches, load_tokenizer
 from .decoder import find_decoder_layers, survey
-from .distributed import Processes
+from .distributed import Processes, Results
+from .hessians import expert_lists
 from .matrices import binarize_matrices, require_finite
 from .offload import fetch_outside, on_device
 from .plan import check_plan, make_plan, spool_folder
-from .spool import Spool, update_hidden
+from .spool import Spool, updated
+from .stages import Stages
+from .tune import tune_layer
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
@@ -118,7 +121,10 @@ def binarize_model(
         stack.enter_context(_without_cache(model))
         with run.clock("capture"):
             fetch_outside(model, layers)
-            run.calls = [spool.keep(call) for call in capture(model, layers, batches)]
+            calls = capture(model, layers, batches)
+            if config.tune_steps:
+                calls = (dataclasses.replace(call, reference=call.hidden) for call in calls)
+            run.calls = [spool.keep(call) for call in calls]
         called = sorted(run.calls[0].arguments)
         silent = [each.name for each in coverage.matrices if each.layer not in called]
         run.coverage = coverage.keeping(silent, "its layer is not called on text")
@@ -127,8 +133,9 @@ def binarize_model(
         bar = stack.enter_context(_progress(len(called), processes))
         for index in called:
             start = time.perf_counter()
-            done = binarize_layer(run, index)
+            done, tuned = binarize_layer(run, index)
             report.matrices.extend(done)
+            report.tuned.extend(tuned)
             errors = [each.solve.output_error for each in done if each.solve.output_error is not None]
             mean = sum(errors) / max(len(errors), 1)
             bar.set_postfix_str(f"layer {index}, output error {mean:.4f}")
@@ -218,27 +225,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-class Stages:
-    """Adds the seconds of ``with clock(stage):`` to a run's, and to those since :meth:`restart`."""
-
-    def __init__(self, total: dict[str, float]) -> None:
-        self.total = total
-        self.lap: dict[str, float] = {}
-
-    def restart(self) -> None:
-        self.lap = {}
-
-    def add(self, stage: str, seconds: float) -> None:
-        self.total[stage] = self.total.get(stage, 0.0) + seconds
-        self.lap[stage] = self.lap.get(stage, 0.0) + seconds
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.add(stage, time.perf_counter() - start)
-
-
 @contextmanager
 def _without_cache(model: PreTrainedModel) -> Iterator[None]:
     use_cache = model.config.get_text_config().use_cache
@@ -249,10 +235,16 @@ def _without_cache(model: PreTrainedModel) -> Iterator[None]:
         model.config.get_text_config().use_cache = use_cache
 
 
-def binarize_layer(run: Run, index: int) -> list[MatrixRecord]:
+Records = tuple[list[MatrixRecord], list[TuneRecord]]  # of one decoder layer; no TuneRecord where nothing is tuned
+
+
+def binarize_layer(run: Run, index: int) -> Records:
     """Bring one decoder layer to the device, binarize it (or take it from the store), and pass its outputs on."""
     layer = run.layers[index]
     with on_device(layer, run.device):
+        if run.config.tune_steps:
+            with run.clock("recompute"):
+                run.processes.together(lambda: _follow(run, index))
         linears = run.linears(index)
         stored = run.processes.from_leader(lambda: None if run.store is None else run.store.load(index), run.device)
         if stored is None:
@@ -264,14 +256,13 @@ def binarize_layer(run: Run, index: int) -> list[MatrixRecord]:
     return records
 
 
-def _binarize(
-    run: Run, index: int, linears: dict[str, nn.Linear]
-) -> tuple[dict[str, BinaryLinear], list[MatrixRecord]]:
+def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict[str, BinaryLinear], Records]:
     layer, config = run.layers[index], run.config
     digests = kept_digests(layer, (run.inner(index, name) for name in linears)) if run.store else {}
     run.clock.restart()
     results = binarize_matrices(layer, linears, run.calls, index, config, run.processes, run.clock)
     # Here every process has all results, and `layer` is still in full precision; its inputs are in `run.calls`.
+    tuned = _tune(run, index, results)
     packed: dict[str, BinaryLinear] = {}
     records, modules = [], {}
     for name in [name for name in linears if name in results]:
@@ -288,15 +279,37 @@ def _binarize(
             inside: dict[str, nn.Module] = {run.inner(index, name): each for name, each in packed.items()}
             tensors = changed_tensors(layer, digests, inside)
             matrices = [dataclasses.asdict(record) for record in records]
-            run.store.save(index, tensors, {"modules": modules, "matrices": matrices, "seconds": run.clock.lap})
+            about = {"matrices": matrices, "tuned": [dataclasses.asdict(each) for each in tuned]}
+            run.store.save(index, tensors, {"modules": modules, "seconds": run.clock.lap} | about)
 
     run.processes.together(save, only_leader=True)
-    return packed, records
+    return packed, (records, tuned)
+
+
+def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
+    """Tune the layer where that is asked for; the tuned weights take the places of those in ``results``."""
+    layer, config = run.layers[index], run.config
+    names = [name for name in results if config.options(name).refinement == "full"]
+    if not config.tune_steps or not names:
+        return []
+    if expert_lists(layer):
+        logger.info("decoder layer %d is not tuned: which experts a token goes to is no matter of gradients", index + 1)
+        return []
+    elsewhere = {id(each) for other in run.layers if other is not layer for each in other.parameters()}
+    weights = {run.inner(index, name): results[name][0] for name in names}
+    with run.clock("tune"):
+        weights, record = tune_layer(
+            layer, weights, run.calls, index, config.tune_steps, config.seed + index, run.processes, elsewhere
+        )
+    for name in names:
+        results[name] = weights[run.inner(index, name)], *results[name][1:]
+    logger.info("decoder layer %d: held-out loss %.5f, tuned %.5f", index + 1, record.before, record.after)
+    return [record]
 
 
 def _restore(
     run: Run, index: int, linears: dict[str, nn.Linear], tensors: dict[str, Tensor], document: dict[str, Any]
-) -> tuple[dict[str, BinaryLinear], list[MatrixRecord]]:
+) -> tuple[dict[str, BinaryLinear], Records]:
     """A stored layer: its packed modules, its records; other tensors that had changed are put into the layer."""
     assert run.config.modules is not None
     run.config.modules |= document["modules"]
@@ -312,7 +325,16 @@ def _restore(
     for stage, seconds in document["seconds"].items():
         run.clock.add(stage, seconds)
     records = [MatrixRecord(**{**each, "solve": SolveRecord(**each["solve"])}) for each in document["matrices"]]
-    return packed, records
+    return packed, (records, [TuneRecord(**each) for each in document["tuned"]])
+
+
+def _follow(run: Run, index: int) -> None:
+    """Pass the full-precision model's hidden states on through the layer, while it is still in full precision."""
+    for call in run.calls:
+        assert call.reference is not None
+        hidden = run_layer(run.layers[index], call, index, call.reference)
+        require_finite(hidden, index)
+        call.reference = updated(call.reference, hidden)
 
 
 def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[str, BinaryLinear]) -> None:
@@ -325,7 +347,7 @@ def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[s
     for call in run.calls:
         hidden = run_layer(layer, call, index)
         require_finite(hidden, index)
-        update_hidden(call, hidden)
+        call.hidden = updated(call.hidden, hidden)
     for name, module in packed.items():
         replace_module(layer, linears[name], module)
 

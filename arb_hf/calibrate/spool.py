@@ -47,7 +47,8 @@ class Spool:
         """The call with its hidden states in the spool and its arguments shared with earlier batches where equal."""
         seen: dict[int, Tensor] = {}
         arguments = tree_map(lambda value: self._shared(value, seen), call.arguments)
-        return replace(call, hidden=self._kept(call.hidden.to("cpu")), arguments=arguments)
+        reference = None if call.reference is None else self._kept(call.reference.to("cpu"))
+        return replace(call, hidden=self._kept(call.hidden.to("cpu")), arguments=arguments, reference=reference)
 
     def _kept(self, hidden: Tensor) -> Tensor:
         size = -(-hidden.nbytes // ALIGNMENT) * ALIGNMENT
@@ -69,12 +70,11 @@ class Spool:
         return seen[id(value)]
 
 
-def update_hidden(call: LayerCalls, hidden: Tensor) -> None:
-    """Put a layer's output in the place of its input."""
-    if hidden.shape == call.hidden.shape and hidden.dtype == call.hidden.dtype:
-        call.hidden.copy_(hidden)
-    else:
-        call.hidden = hidden.to("cpu")
+def updated(place: Tensor, hidden: Tensor) -> Tensor:
+    """A layer's output, in the place of its input where it fits."""
+    if hidden.shape == place.shape and hidden.dtype == place.dtype:
+        return place.copy_(hidden)
+    return hidden.to("cpu")
 
 
 def _mapped_file(size: int, directory: str | os.PathLike) -> Tensor:

@@ -241,6 +241,7 @@ def argument_docs(docstring: str | None) -> dict[str, str]:
 
 def _kind(annotation: str) -> dict[str, Any]:
     """How argparse is to read a value of this type."""
+    annotation = annotation.removesuffix(" | None")
     if annotation == "bool":
         return {"action": argparse.BooleanOptionalAction}
     if annotation in ("int", "float"):

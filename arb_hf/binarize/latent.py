@@ -1,0 +1,80 @@
+"""A binary weight in training: latent weights choose the codes, and every choice is open to gradients.
+
+The value of a weight is the level nearest to its latent weight. Gradients reach row and column scales through the
+levels, and the latent weights straight through the rounding. Nothing is added to the format: what is left at the end is
+codes and scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .full import assemble, spans, take_apart
+from .refine import CodedBlock, nearest_codes, round_scales
+from .weight import BinaryWeight
+
+
+class LatentWeight:
+    """One matrix in training.
+
+    All parameters are steps relative to the size of what they move, 0 at the start, so that one learning rate suits
+    matrices of every size.
+
+    Args:
+        weight: where training starts.
+        start: ``[n, m]``, the latent weights, of which every weight's level should be the nearest. Coordinate descent
+            leaves such: what each weight would best be while the others stay.
+
+    Attributes:
+        scales: relative steps of row parameters and column scales, a pair of tensors per block.
+        shifts: relative steps of the latent weights ``[m, n]``.
+    """
+
+    def __init__(self, weight: BinaryWeight, start: Tensor) -> None:
+        self.form = weight.form
+        self._blocks = take_apart(weight)
+        self._spans = spans(self.form.in_features, self.form.block_size)
+        self._start = start.T.to(torch.float32).contiguous()
+        self._unit = weight.dequantize().square().mean(1).sqrt()
+        self.shifts = torch.zeros_like(self._start, requires_grad=True)
+        self.scales = [
+            torch.zeros_like(scale, requires_grad=True) for block in self._blocks for scale in self._scales(block)
+        ]
+
+    def _scales(self, block: CodedBlock) -> list[Tensor]:
+        return [block.rows, block.columns] if self.form.has_column_scales else [block.rows]
+
+    def dense(self) -> Tensor:
+        """``[n, m]``, with gradients."""
+        latent = torch.addcmul(self._start, self._unit, self.shifts)
+        values = torch.cat([block.values() for block in self._coded(latent, stored=False)])
+        return (values + (latent - latent.detach())).T
+
+    @torch.no_grad()
+    def binary_weight(self) -> BinaryWeight:
+        """The weight as it would be stored: scales rounded, then codes."""
+        return assemble(self._coded(torch.addcmul(self._start, self._unit, self.shifts), stored=True), self.form)
+
+    def _coded(self, latent: Tensor, stored: bool) -> list[CodedBlock]:
+        per_block = len(self.scales) // len(self._blocks)
+        coded = []
+        for number, (block, span) in enumerate(zip(self._blocks, self._spans, strict=True)):
+            steps = self.scales[number * per_block : (number + 1) * per_block]
+            block = replace(block, rows=block.rows + self._row_unit(block) * steps[0])
+            if self.form.has_column_scales:
+                block = replace(block, columns=block.columns * (1 + steps[1]))
+            if stored:
+                block = round_scales(block)
+            with torch.no_grad():
+                codes = nearest_codes(block, latent[span]).codes
+            coded.append(replace(block, codes=codes))
+        return coded
+
+    def _row_unit(self, block: CodedBlock) -> Tensor:
+        unit = block.rows.abs()
+        if self.form.mean_slots:  # means may be near 0; what they can move by is a part of the scales beside them
+            unit[self.form.scale_slots :] = unit[: self.form.scale_slots].mean(0)
+        return unit

@@ -1,0 +1,238 @@
+"""Tuning a decoder layer by gradient: codes, scales and norms learn to return what the full-precision model has.
+
+The layer's inputs come through the binarized layers before it, its targets from the full-precision model at the same
+place, so that a layer also makes up for the drift of those before it. The format stays as it is: latent weights
+(:mod:`arb_hf.binarize.latent`) are gone when the layer is done. What does not help on held-out sequences is discarded.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..binarize import BinaryWeight
+from ..binarize.latent import LatentWeight
+from ..report import TuneRecord
+from .capture import LayerCalls, run_layer
+from .distributed import Processes
+from .hessians import input_hooks, unpadded
+
+logger = logging.getLogger(__name__)
+# Of Adam, relative to the size of what is tuned; both fall to 0 along a cosine.
+SCALE_RATE, LATENT_RATE = 3e-3, 3e-2
+BETAS = (0.9, 0.95)
+DAMPING = 0.01  # of H, where latent weights start
+STEP_TOKENS = 2048  # about, over all processes
+HELD_OUT = 8  # one batch in so many is held out
+CHECKS = 4  # times that the held-out loss is measured
+
+
+@dataclass
+class _Norm:
+    """A vector in training: ``start + unit * step``, with steps relative to its mean size."""
+
+    start: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Norm:
+        start = parameter.detach().to(torch.float32)
+        return cls(start, torch.zeros_like(start, requires_grad=True))
+
+    def value(self) -> Tensor:
+        return self.start + self.start.abs().mean() * self.step
+
+
+def tune_layer(
+    layer: nn.Module,
+    weights: Mapping[str, BinaryWeight],
+    calls: Sequence[LayerCalls],
+    index: int,
+    steps: int,
+    seed: int,
+    processes: Processes,
+    elsewhere: Collection[int] = (),
+) -> tuple[dict[str, BinaryWeight], TuneRecord]:
+    """Tune the binary weights of a decoder layer, and its norms in place.
+
+    Args:
+        layer: its linears still in full precision; they are not changed.
+        weights: by the name of their linear within ``layer``.
+        calls: this process's batches; ``hidden`` is the layer's input in the binarized model, ``reference`` the
+            layer's output in the full-precision model.
+        index: of the layer, to find its arguments in ``calls``.
+        steps: of gradient, about ``STEP_TOKENS`` tokens each.
+        seed: of the order of the batches; the global random state is not touched.
+        elsewhere: ids of parameters that other layers use too: they stay.
+
+    Returns:
+        The weights with the lowest held-out loss of those measured on the way, the given ones among them, on all
+        processes the same. With fewer than two batches on a process nothing is tuned.
+    """
+    begin = time.perf_counter()
+    count = max(1, len(calls) // HELD_OUT)
+    training, held = calls[:-count], calls[-count:]
+    norms = {name: _Norm.of(each) for name, each in _vectors(layer) if id(each) not in elsewhere}
+
+    def parameters(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        matrices = {f"{name}.weight": value for name, value in dense.items()}
+        found = matrices | {name: norm.value() for name, norm in norms.items()}
+        return {name: value.to(layer.get_parameter(name).dtype) for name, value in found.items()}
+
+    def held_out_loss(candidate: Mapping[str, BinaryWeight]) -> float:
+        given = parameters({name: weight.dequantize() for name, weight in candidate.items()})
+        return _held_out_loss(layer, held, index, given, processes)
+
+    best = {name: weight.rounded() for name, weight in weights.items()}
+    before = lowest = held_out_loss(best)
+    if steps < 1 or not all(processes.gather(bool(training))):
+        return dict(weights), TuneRecord(index, before, before, 0, time.perf_counter() - begin)
+    starts = best_alone(layer, best, calls, index, processes)
+    latents = {name: LatentWeight(weight, starts.pop(name)) for name, weight in best.items()}
+    best, kept_norms = dict(weights), {}
+    descent = _Descent(list(latents.values()), list(norms.values()), steps, processes)
+    for step, batches in enumerate(_batches(training, steps, seed, processes)):
+        with torch.enable_grad():
+            given = parameters({name: latent.dense() for name, latent in latents.items()})
+            _backward(layer, batches, index, given)
+        descent.step(step)
+        if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
+            candidate = {name: latent.binary_weight() for name, latent in latents.items()}
+            now = held_out_loss(candidate)
+            if now < lowest:
+                lowest, best = now, candidate
+                kept_norms = {name: norm.value().detach() for name, norm in norms.items()}
+    for name, value in kept_norms.items():
+        _replace(layer, name, value)
+    return best, TuneRecord(index, before, lowest, steps, time.perf_counter() - begin)
+
+
+def best_alone(
+    layer: nn.Module, weights: Mapping[str, BinaryWeight], calls: Sequence[LayerCalls], index: int, processes: Processes
+) -> dict[str, Tensor]:
+    """What each weight would best be while all others stay: ``Q + (W - Q) H / diag(H)``, ``[n, m]`` by name.
+
+    Where H takes part only through two products, so that one pass over the batches gives them and no H is held.
+    """
+    found = {name: weight.dequantize() for name, weight in weights.items()}
+    errors = {name: layer.get_parameter(f"{name}.weight").float() - found[name] for name in found}
+    pulls = {name: torch.zeros_like(error) for name, error in errors.items()}
+    energies = {name: error.new_zeros(error.shape[1]) for name, error in errors.items()}
+    mask: Tensor | None = None
+
+    def add(name: str, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        rows = unpadded(args[0], mask).to(torch.float32)
+        pulls[name].addmm_((rows @ errors[name].T).T, rows)
+        energies[name] += rows.square().sum(0)
+
+    with torch.no_grad(), input_hooks((layer.get_submodule(name), functools.partial(add, name)) for name in found):
+        for call in calls:
+            mask = call.mask
+            run_layer(layer, call, index)
+    for name, start in found.items():
+        processes.average(pulls[name])
+        processes.average(energies[name])
+        damping = (DAMPING * energies[name].mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        start += (pulls[name] + damping * errors[name]) / (energies[name] + damping)
+    return found
+
+
+def token_errors(out: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Sum over tokens of ``e / (e + |target|^2)`` with ``e = |out - target|^2``, and their number; padding apart.
+
+    The next norm divides by a token's size, so errors count relative to it; and no token counts more than 1: a single
+    one whose size explodes in one of the two models would outweigh all others.
+    """
+    error = (out.float() - target.float()).square().sum(-1)
+    error = error / (error + target.float().square().sum(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+    if mask is None:
+        return error.sum(), error.numel()
+    mask = mask.to(error.device)
+    return (error * mask).sum(), int(mask.sum())
+
+
+def _errors(layer: nn.Module, call: LayerCalls, index: int, given: dict[str, Tensor]) -> tuple[Tensor, int]:
+    assert call.reference is not None
+    out = run_layer(layer, call, index, parameters=given)
+    return token_errors(out, call.reference.to(out.device), call.mask)
+
+
+@torch.no_grad()
+def _held_out_loss(
+    layer: nn.Module, held: Sequence[LayerCalls], index: int, given: dict[str, Tensor], processes: Processes
+) -> float:
+    found = [_errors(layer, call, index, given) for call in held]
+    shares = processes.gather((sum(total.item() for total, _ in found), sum(count for _, count in found)))
+    return sum(total for total, _ in shares) / max(sum(count for _, count in shares), 1)
+
+
+def _backward(layer: nn.Module, batches: Sequence[LayerCalls], index: int, given: dict[str, Tensor]) -> None:
+    """Gradients of the mean loss over several batches, one batch at a time; then through what made ``given``."""
+    leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
+    tokens = 0
+    for call in batches:
+        total, count = _errors(layer, call, index, leaves)
+        if total.requires_grad:  # not so in layers whose kernels have no gradients
+            total.backward()
+        tokens += count
+    gradients = {name: leaf.grad / max(tokens, 1) for name, leaf in leaves.items() if leaf.grad is not None}
+    if gradients:
+        torch.autograd.backward([given[name] for name in gradients], list(gradients.values()))
+
+
+class _Descent:
+    """Adam on everything that is tuned, with gradients averaged over processes."""
+
+    def __init__(self, latents: list[LatentWeight], norms: list[_Norm], steps: int, processes: Processes) -> None:
+        scales = [scale for latent in latents for scale in latent.scales] + [norm.step for norm in norms]
+        shifts = [latent.shifts for latent in latents]
+        self._tuned, self._steps, self._processes = scales + shifts, steps, processes
+        groups = [{"params": scales, "rate": SCALE_RATE}, {"params": shifts, "rate": LATENT_RATE}]
+        self._optimizer = torch.optim.Adam(groups, betas=BETAS)
+
+    def step(self, number: int) -> None:
+        """Step ``number`` of all, from 0."""
+        for each in self._tuned:
+            if each.grad is None:
+                each.grad = torch.zeros_like(each)
+            self._processes.average(each.grad)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * number / self._steps))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def _batches(training: Sequence[LayerCalls], steps: int, seed: int, processes: Processes) -> Iterator[list[LayerCalls]]:
+    """The batches of each step, in shuffled rounds through all of them, by a local generator."""
+    tokens = max(call.hidden.shape[:-1].numel() for call in training)
+    size = max(1, min(STEP_TOKENS // (max(processes.gather(tokens)) * processes.count), len(training)))
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        if len(order) < size:
+            order += torch.randperm(len(training), generator=generator).tolist()
+        yield [training[number] for number in order[:size]]
+        del order[:size]
+
+
+def _vectors(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """One-dimensional parameters of modules other than linears: those of norms."""
+    for name, module in layer.named_modules():
+        if not isinstance(module, nn.Linear):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 1:
+                    yield f"{name}.{key}" if name else key, parameter
+
+
+def _replace(layer: nn.Module, name: str, value: Tensor) -> None:
+    """A new parameter in the place of another, whose memory may be the checkpoint's."""
+    path, _, key = name.rpartition(".")
+    old = layer.get_parameter(name)
+    setattr(layer.get_submodule(path), key, nn.Parameter(value.to(old.dtype), requires_grad=False))
