@@ -206,10 +206,12 @@ def _wrong_values(module: BinaryLinear) -> Iterator[tuple[str, str]]:
             continue
         if scales.is_floating_point() and not torch.isfinite(scales).all():
             yield part, "holds NaN or infinite values"
+        elif part != "bias" and scales.is_floating_point() and (torch.signbit(scales) & (scales == 0)).any():
+            yield part, "holds -0.0; zeros are stored as +0.0"
         if scales.dtype == torch.int8 and scales.numel() and scales.min() < -127:
             yield part, "holds the code -128; codes are -127 to 127"
-        if part == "row_absmax" and torch.signbit(scales).any():
-            yield part, "holds negative values, or -0.0; they are magnitudes"
+        if part == "row_absmax" and (scales < 0).any():
+            yield part, "holds negative values; they are magnitudes"
     second = form.in_features if form.groups == 2 else form.salient_columns
     columns = {"weight": form.in_features, "second_plane": second, "salient_groups": form.salient_columns}
     for part, count in columns.items():

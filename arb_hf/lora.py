@@ -152,7 +152,7 @@ class ScaledLinear(nn.Module):
     def frozen(self) -> BinaryLinear:
         """The binary layer, with the trained scales rounded to their stored type."""
         for name, scale in self.scales.items():
-            rounded = scale.to(SCALE_DTYPES[self.binary.form.scale_dtype])
+            rounded = scale.to(SCALE_DTYPES[self.binary.form.scale_dtype]) + 0.0  # the format knows no -0.0
             if not bool(torch.isfinite(rounded).all()):
                 raise ValueError(f"{name} no longer fits {self.binary.form.scale_dtype}: train with a lower rate")
             getattr(self.binary, name).copy_(rounded)

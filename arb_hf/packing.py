@@ -41,7 +41,8 @@ Stored bits are those of ALGORITHM section 9 plus the padding of a plane to whol
 **What a reader checks** (:mod:`arb_hf.checkpoint`). There is little that could disagree: salient columns are a bitmap, so
 none is listed twice, and no permutation is stored. Checked are: exactly these tensors, of these types and shapes; as many
 salient columns as the config says; no bit set past the last column; finite scales; int8 codes of at most 127; a ``row_absmax``
-without a sign. Scales of any sign are legal, and -0.0 among them (a small negative mean rounds to it): it counts as 0.
+without a sign. Scales may have any sign, but a zero has one spelling, +0.0: the writer turns -0.0, to which a small
+negative scale rounds, into it, and a reader refuses it.
 
 **Format 2.** A checkpoint of version 1 loads for ever, with the same bits:
 

@@ -85,6 +85,7 @@ def main() -> None:
     config = ArbConfig(
         refinement="full",
         scale_dtype="int8",
+        tune_steps=0,  # tuning would take minutes more, and give a better model
         dataset=str(HERE / "data" / "wikitext2.calibration.raw"),
         num_samples=samples,
         sequence_length=512,

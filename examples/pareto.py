@@ -42,7 +42,8 @@ from protocol import (
 
 GROUP = 128
 PAPER = {"refinement": "paper"}
-FULL = {"refinement": "full", "scale_dtype": "int8"}
+FULL = {"refinement": "full", "scale_dtype": "int8", "tune_steps": 0}
+TUNED = FULL | {"tune_steps": None}
 ONE_GROUP = {"group_bitmap": False, "column_group_bitmap": False}
 NO_CGB = {"column_group_bitmap": False}
 BINARY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,7 +58,11 @@ BINARY: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", FULL | NO_CGB),
     "full + CGB, few salient": ("full", FULL | {"max_salient_columns": 20}),
     "full + CGB": ("full", FULL),
+    "tuned, one group": ("tuned", TUNED | ONE_GROUP),
+    "tuned": ("tuned", TUNED | NO_CGB),
+    "tuned + CGB": ("tuned", TUNED),
 }
+OURS = {"full": 'arb_hf, refinement="full", not tuned', "tuned": 'arb_hf, refinement="full"'}
 Rounding = Callable[[Tensor, HessianFactor], Tensor]
 
 
@@ -183,11 +188,11 @@ def plot(rows: list[dict[str, str]], full: float, path: Path) -> None:
             [each[0] for each in here],
             [each[1] for each in here],
             marker="o",
-            linewidth=2 if family == "full" else 0.8,
-            label=f'arb_hf, refinement="{family}"' if family in ("published", "full") else family,
+            linewidth=2 if family in OURS else 0.8,
+            label=OURS.get(family, "binary methods as published" if family == "published" else family),
             linestyle="none" if family == "published" else "-",
         )
-        if family in ("published", "full"):
+        if family in ("published", *OURS):
             for bits, value, name in here:
                 axes.annotate(name, (bits, value), fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.axhline(full, color="grey", linestyle=":", label="full precision")

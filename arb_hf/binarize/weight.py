@@ -212,7 +212,7 @@ def _settle(row: Tensor, column: Tensor, where: Tensor | None) -> None:
 def encode_rows(rows: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor | None]:
     """Row parameters ``[blocks, slots, n]`` as stored, and for int8 the float16 absmax ``[blocks, slots]``."""
     if scale_dtype != "int8":
-        return rows.to(SCALE_DTYPES[scale_dtype]), None
+        return rows.to(SCALE_DTYPES[scale_dtype]) + 0.0, None  # + 0.0 makes -0.0 the one zero of the format
     absmax = rows.abs().amax(-1).to(ABSMAX_DTYPE)
     step = absmax.to(torch.float32)[..., None] / INT8_LEVELS
     codes = (rows / torch.where(step > 0, step, 1.0)).round().clamp(-INT8_LEVELS, INT8_LEVELS)
@@ -228,7 +228,7 @@ def decode_rows(stored: Tensor, absmax: Tensor | None) -> Tensor:
 def encode_columns(columns: Tensor | None, scale_dtype: str) -> Tensor | None:
     """Column scales as stored; for int8 in steps of 1/127, so they must be :meth:`~BinaryWeight.normalized`."""
     if columns is None or scale_dtype != "int8":
-        return None if columns is None else columns.to(SCALE_DTYPES[scale_dtype])
+        return None if columns is None else columns.to(SCALE_DTYPES[scale_dtype]) + 0.0
     return (columns * INT8_LEVELS).round().to(torch.int8)
 
 

@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder with wiki.valid.raw")
     parser.add_argument("--method", default="arb-rc")
     parser.add_argument("--refinement", default="paper")
+    parser.add_argument("--tune-steps", type=int, default=0, help="for refinement full; 0: stages without tuning")
     parser.add_argument("--batch-size", type=int, default=4, help="calibration windows per forward pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="2 windows and one iteration")
@@ -92,6 +93,7 @@ def main() -> None:
     config = ArbConfig(
         method=arguments.method,
         refinement=arguments.refinement,
+        tune_steps=arguments.tune_steps,
         iterations=1 if arguments.quick else 15,
         dataset=windows,
         num_samples=len(windows),

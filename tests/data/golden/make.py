@@ -55,11 +55,11 @@ def cases() -> dict[str, Case]:
                     {"method": method, "scale_dtype": dtype, **bitmaps},
                 )
     for method in ("arb-rc", "arb-x"):
-        found[f"{method}-full"] = ("llama", {}, {"method": method, "refinement": "full"})
+        found[f"{method}-full"] = ("llama", {}, {"method": method, "refinement": "full", "tune_steps": 0})
         found[f"{method}-full-one-int8"] = (
             "llama",
             {},
-            {"method": method, "refinement": "full", "scale_dtype": "int8", **GROUPINGS["one"]},
+            {"method": method, "refinement": "full", "tune_steps": 2, "scale_dtype": "int8", **GROUPINGS["one"]},
         )
         found[f"{method}-no-salient"] = ("llama", {}, {"method": method, "max_salient_columns": 1})
         found[f"{method}-block-64"] = ("llama", {}, {"method": method, "block_size": 64})
