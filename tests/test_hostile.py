@@ -20,7 +20,7 @@ from arb_hf import ArbFormatError
 from arb_hf.checkpoint import binary_modules, read_entries
 from arb_hf.config import ArbConfig
 from arb_hf.errors import ArbFormatError as SameError
-from arb_hf.kernels import cpu, reference
+from arb_hf.kernels import cpu
 from arb_hf.light.headers import inspect_folder, require_inside, shard_names
 from arb_hf.light.parser import main
 from conftest import DATA
