@@ -58,6 +58,7 @@ class Place:
             if name.partition(".")[0] == package:
                 self.patch.delitem(sys.modules, name)
         self.patch.setitem(sys.modules, package, None)
+        self.patch.delitem(sys.modules, "arb_hf.lora", raising=False)  # the module that imports it at once
 
     def quantized(self, method: str) -> str:
         """A copy of the dense model that says it was quantized by another method."""

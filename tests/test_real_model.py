@@ -30,8 +30,8 @@ def smollm2() -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")  # the GGUF reader's and numpy's, while the model is first converted
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_binarize_save_and_load_in_a_fresh_process(smollm2, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "tune_steps"), [("float32", 0), ("bfloat16", 4)])
+def test_binarize_save_and_load_in_a_fresh_process(smollm2, tmp_path, dtype, tune_steps):
     config = ArbConfig(
         dataset=str(TEXT / "wikitext2.calibration.raw"),
         num_samples=8,
@@ -39,6 +39,7 @@ def test_binarize_save_and_load_in_a_fresh_process(smollm2, tmp_path, dtype):
         batch_size=4,
         refinement="full",
         scale_dtype="int8",
+        tune_steps=tune_steps,
         modules_to_not_convert=[f"model.layers.{index}" for index in range(3, 30)],
     )
     model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=getattr(torch, dtype))

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arb_hf.binarize import BinarizeOptions, BinaryWeight, binarize_weight
-from arb_hf.binarize.full import _curvature, _descend, _spans, assemble, choose_salient_columns
+from arb_hf.binarize.full import _curvature, _descend, assemble, choose_salient_columns, spans
 from arb_hf.binarize.hessian import HessianFactor, factorize, output_error
 from arb_hf.binarize.refine import (
     exact_compensation,
@@ -68,7 +68,7 @@ def solve(weight: Tensor, hessian: Tensor, factor: HessianFactor, steps: Steps) 
     form = options.form(*weight.shape, int(salient.sum()))
     wanted, curvature = weight.T.contiguous(), _curvature(hessian, factor)
     remaining, dense, blocks = wanted.clone(), torch.empty_like(wanted), []
-    for span in _spans(len(wanted), form.block_size):
+    for span in spans(len(wanted), form.block_size):
         values, upper = remaining[span], factor.upper[span, span]
         effective = torch.cholesky_inverse(upper, upper=True)
         block = start(values, salient[span], form)
