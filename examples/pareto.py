@@ -194,7 +194,10 @@ def plot(rows: list[dict[str, str]], full: float, path: Path) -> None:
         )
         if family in ("published", *OURS):
             for bits, value, name in here:
-                axes.annotate(name, (bits, value), fontsize=7, xytext=(4, 4), textcoords="offset points")
+                below = family == "tuned"
+                axes.annotate(
+                    name, (bits, value), fontsize=7, xytext=(4, -10 if below else 4), textcoords="offset points"
+                )
     axes.axhline(full, color="grey", linestyle=":", label="full precision")
     axes.set(xlabel="true bits per weight", ylabel="perplexity, WikiText-2", yscale="log")
     axes.grid(alpha=0.3, which="both")
