@@ -59,12 +59,12 @@ FAILURES = {  # repository -> token, what the Hub answers to which request, and 
     "wrong-token": ("hf_wrong", None, "refused the token (401)"),
     "no-token": (False, None, "refused the token (401)"),
     "read-token": (READER, None, "may not write to me/read-token (403)"),
+    "retried": (WRITER, None, None),  # the first upload of a file, and the one that is cut
     "gone": (WRITER, ("commit/main", 404), "knows no me/gone (404)"),
     "raced": (WRITER, ("commit/main", 409), "(409)"),
     "broken": (WRITER, ("commit/main", 500), "the Hub failed (500)"),
     "cut": (WRITER, ("commit/main", CUT), "broke off"),
     "forbidden": (WRITER, ("preupload", 403), "may not write to me/forbidden (403)"),
-    "retried": (WRITER, None, None),
 }
 
 
@@ -192,8 +192,8 @@ def test_failed_push_says_why_and_how_to_go_on(published, name):
     hub, folder = published.hub, published.folder
     token, _, message = FAILURES[name]
     first, second = published.told[name]
-    if message is None:  # a cut upload of one file is tried again by huggingface_hub itself
-        assert first is None
+    if message is None:  # a cut upload of one file is tried again, by huggingface_hub itself where it does (not by 1.3)
+        assert first is None or "broke off" in first
         assert hub.faults[0].times == 0
     else:
         assert message in first
