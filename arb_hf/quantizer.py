@@ -86,8 +86,10 @@ class ArbHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return not self._has_experts  # which expert gets which token is data: no single graph
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return replace_by_dense(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # transformers passes config.dtype, which saving turns into its name.
+        wanted = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        return replace_by_dense(model, wanted)
 
 
 def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:

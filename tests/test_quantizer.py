@@ -293,3 +293,12 @@ def test_truncated_files_are_refused(packed, tmp_path):
 def test_dense_models_are_refused_by_checked_loading(tiny_model):
     with pytest.raises(ArbFormatError, match="is not a model packed by arb_hf"):
         arb_hf.from_pretrained(tiny_model)
+
+
+def test_dequantizing_works_after_saving_too(packed, tmp_path):
+    _, folder, logits = packed
+    model = arb_hf.from_pretrained(folder)
+    model.save_pretrained(tmp_path)  # turns config.dtype into its name
+    dense = arb_hf.dequantize(model)
+    assert not any(isinstance(module, BinaryLinear) for module in dense.modules())
+    torch.testing.assert_close(dense(IDS).logits, logits, rtol=1e-2, atol=1e-2)
