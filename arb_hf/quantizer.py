@@ -55,6 +55,7 @@ class ArbHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             check_values(model, self.entries)
+            self.entries = {}  # they were for the checks
             keep_stored_types(model)
         else:
             config = self.quantization_config

@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from arb_hf import kernels
+
 DATA = Path(__file__).parent / "data"
 VOCABULARY = 128
 
@@ -64,3 +66,22 @@ def fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run Python code in a new process from this checkout; its output is captured."""
     variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=300)
+
+
+@pytest.fixture
+def exact_kernel(monkeypatch):
+    """Equality with dense weights is a matter of the reference kernel; the fast ones round more."""
+    monkeypatch.setenv(kernels.VARIABLE, "reference")
+    kernels.kernel_for.cache_clear()
+    yield
+    kernels.kernel_for.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """Folder of the model of :mod:`tiny`, which imports this module."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save_model(folder)
+    return folder

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import arb_hf
-from arb_hf import kernels
 from arb_hf.checkpoint import binary_modules
 from arb_hf.export import export_dense, export_gguf
 from arb_hf.export.gguf import decode_q1_0, encode_q1_0, why_not_q1_0
@@ -20,16 +19,8 @@ from arb_hf.nn import BinaryLinear
 from byte_model import byte_tokenizer, byte_tokens, save_byte_model
 from conftest import word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("exact_kernel")
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
-
-
-@pytest.fixture(autouse=True)
-def exact_kernel(monkeypatch):
-    """Equality with dense weights is a matter of the reference kernel; the fast ones round more."""
-    monkeypatch.setenv(kernels.VARIABLE, "reference")
-    kernels.kernel_for.cache_clear()
-    yield
-    kernels.kernel_for.cache_clear()
 
 
 @pytest.fixture(scope="module")

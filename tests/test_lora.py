@@ -9,21 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import arb_hf
-from arb_hf import kernels
 from byte_model import byte_tokens, save_byte_model
 
 pytest.importorskip("peft")
 lora = pytest.importorskip("arb_hf.lora")
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
-
-
-@pytest.fixture(autouse=True)
-def exact_kernel(monkeypatch):
-    """Equality with dense weights is a matter of the reference kernel; the fast ones round more."""
-    monkeypatch.setenv(kernels.VARIABLE, "reference")
-    kernels.kernel_for.cache_clear()
-    yield
-    kernels.kernel_for.cache_clear()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT's
+    pytest.mark.usefixtures("exact_kernel"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,6 @@ LAYERS_ON_DISK = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.no
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.save_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def expected(dense, tmp_path_factory):
     """The in-memory run: what it saves, and its logits."""
     model = tiny.binarize(dense)

@@ -22,13 +22,6 @@ TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.save_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def expected(dense, tmp_path_factory):
     """What an uninterrupted run saves."""
     return tiny.saved(tiny.binarize(dense), tmp_path_factory.mktemp("expected"))

@@ -1,14 +1,21 @@
-"""The C searches, updates and rounding (``csrc/search.c``, ``updates.c``, ``round.c``), for float32 CPU tensors where the library is."""
+"""The C searches, updates and rounding (``csrc/search.c``, ``updates.c``, ``round.c``).
+
+For float32 CPU tensors, where the library is.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import native
 from .fit import Fit
+
+if TYPE_CHECKING:
+    from .refine import Sweep
 
 
 def usable(values: Tensor) -> bool:
@@ -71,21 +78,13 @@ def fit_scales(values: Tensor, member: Tensor, iterations: int) -> Fit:
     return Fit(signs.unbind(), rows.unbind(), columns=columns.unbind())
 
 
-def round_columns(
-    columns: slice,
-    targets: Tensor,
-    present: Tensor | None,
-    coupling: Tensor | None,
-    levels: tuple[Tensor, Tensor, Tensor, Tensor],
-    codes: Tensor,
-    dense: Tensor,
-) -> Tensor:
-    """See :func:`arb_hf.binarize.refine.round_columns`, which says what ``levels`` holds."""
+def round_columns(sweep: Sweep, columns: slice) -> Tensor:
+    """See :func:`arb_hf.binarize.refine.round_columns`."""
+    targets, rows = sweep.targets, sweep.rows
     steps = targets.new_empty(columns.stop - columns.start, targets.shape[1])
-    rows, weights, known, counts = levels
+    given = (targets, sweep.present, sweep.coupling, rows, sweep.weights, sweep.known, sweep.counts)
     sizes = (*targets.shape, len(rows), columns.start, columns.stop)
-    given = (targets, present, coupling, rows, weights, known, counts)
-    _call("arb_round_columns", *given, *sizes, native.isa(), codes, dense, steps)
+    _call("arb_round_columns", *given, *sizes, native.isa(), sweep.codes, sweep.dense, steps)
     return steps
 
 

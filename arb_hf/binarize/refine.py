@@ -166,57 +166,72 @@ def descend_codes(block: CodedBlock, gradient: Tensor, hessian: Tensor, dense: T
 def _sweep(
     block: CodedBlock, targets: Tensor, coupling: Tensor | None, present: Tensor | None
 ) -> tuple[CodedBlock, Tensor]:
-    """Columns left to right take the level nearest to their target; a step d of column j moves target l by
-    ``coupling[j, l] * d``. A step is the new value less the present one, or less the target where there is none.
+    """Columns left to right take the level nearest to their target; arguments as in :class:`Sweep`.
 
     Work is grouped in panels so that most of it is one matrix product. ``targets`` is overwritten.
     """
-    codes, dense = torch.empty_like(block.codes), torch.empty_like(targets)
+    sweep = Sweep.of(block, targets, coupling, present)
     rounding = native.round_columns if native.usable(targets) else round_columns
-    levels = _levels(block)
-    coupling = None if coupling is None else coupling.contiguous()
     k = len(targets)
     for first in range(0, k, PANEL):
         last = min(first + PANEL, k)
-        steps = rounding(slice(first, last), targets, present, coupling, levels, codes, dense)
-        if coupling is not None:
-            targets[last:].addmm_(coupling[first:last, last:].T, steps)
-    return replace(block, codes=codes), dense
+        steps = rounding(sweep, slice(first, last))
+        if sweep.coupling is not None:
+            targets[last:].addmm_(sweep.coupling[first:last, last:].T, steps)
+    return replace(block, codes=sweep.codes), sweep.dense
 
 
-def _levels(block: CodedBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row parameters ``[slots, n]``; what each counts in a column's levels ``[k, MOST_LEVELS, slots]``; the levels' codes
-    ``[k, MOST_LEVELS]``; and how many levels the column has ``[k]``."""
-    k = len(block.salient)
-    weights = block.rows.new_zeros(k, MOST_LEVELS, len(block.rows))
-    known = block.codes.new_zeros(k, MOST_LEVELS)
-    counts = torch.empty(k, dtype=torch.int64, device=known.device)
-    for salient, where in ((False, ~block.salient), (True, block.salient)):
-        codes, table = block.coefficients(salient)
-        weights[where, : len(codes)] = table * block.columns.T[where, None]
-        known[where, : len(codes)] = codes
-        counts[where] = len(codes)
-    return block.rows.contiguous(), weights, known, counts
+@dataclass(frozen=True)
+class Sweep:
+    """What rounding the columns of a block, one after the other, works on; all tensors contiguous.
+
+    A step d of column j moves target l by ``coupling[j, l] * d``. A step is the new value less the present one, or less
+    the target where there is none.
+
+    Attributes:
+        targets, present: ``[k, n]``. coupling: ``[k, k]``, or None: no column moves another's target.
+        rows: row parameters ``[slots, n]``.
+        weights: what each of them counts in a column's levels, ``[k, MOST_LEVELS, slots]``.
+        known, counts: the levels' codes ``[k, MOST_LEVELS]``, and how many levels a column has ``[k]``.
+        codes, dense: ``[k, n]``, the result, filled column by column.
+    """
+
+    targets: Tensor
+    present: Tensor | None
+    coupling: Tensor | None
+    rows: Tensor
+    weights: Tensor
+    known: Tensor
+    counts: Tensor
+    codes: Tensor
+    dense: Tensor
+
+    @classmethod
+    def of(cls, block: CodedBlock, targets: Tensor, coupling: Tensor | None, present: Tensor | None) -> Sweep:
+        k = len(block.salient)
+        weights = block.rows.new_zeros(k, MOST_LEVELS, len(block.rows))
+        known = block.codes.new_zeros(k, MOST_LEVELS)
+        counts = torch.empty(k, dtype=torch.int64, device=known.device)
+        for salient, where in ((False, ~block.salient), (True, block.salient)):
+            codes, table = block.coefficients(salient)
+            weights[where, : len(codes)] = table * block.columns.T[where, None]
+            known[where, : len(codes)] = codes
+            counts[where] = len(codes)
+        coupling = None if coupling is None else coupling.contiguous()
+        results = torch.empty_like(block.codes), torch.empty_like(targets)
+        return cls(targets, present, coupling, block.rows.contiguous(), weights, known, counts, *results)
 
 
-def round_columns(
-    columns: slice,
-    targets: Tensor,
-    present: Tensor | None,
-    coupling: Tensor | None,
-    levels: tuple[Tensor, Tensor, Tensor, Tensor],
-    codes: Tensor,
-    dense: Tensor,
-) -> Tensor:
-    """One panel of :func:`_sweep`: fills ``codes`` and ``dense`` there, hands on steps inside it, and returns them."""
-    rows, weights, known, counts = levels
+def round_columns(sweep: Sweep, columns: slice) -> Tensor:
+    """One panel of a sweep: fills codes and values there, hands on steps inside it, and returns them."""
+    targets, present, coupling = sweep.targets, sweep.present, sweep.coupling
     steps = torch.empty_like(targets[columns])
-    for step, j, count in zip(steps, range(columns.start, columns.stop), counts[columns].tolist(), strict=True):
-        values = weights[j, :count] @ rows
+    for step, j, count in zip(steps, range(columns.start, columns.stop), sweep.counts[columns].tolist(), strict=True):
+        values = sweep.weights[j, :count] @ sweep.rows
         choice = (values - targets[j]).abs_().min(0).indices
-        codes[j] = known[j, choice]
-        dense[j] = values.gather(0, choice[None])[0]
-        torch.sub(dense[j], targets[j] if present is None else present[j], out=step)
+        sweep.codes[j] = sweep.known[j, choice]
+        sweep.dense[j] = values.gather(0, choice[None])[0]
+        torch.sub(sweep.dense[j], targets[j] if present is None else present[j], out=step)
         if coupling is not None and j + 1 < columns.stop:
             targets[j + 1 : columns.stop].addr_(coupling[j, j + 1 : columns.stop], step)
     return steps
