@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
@@ -22,7 +21,7 @@ from .capture import LayerCalls
 from .distributed import Processes, Results
 from .hessians import InputGroup, accumulate, waves
 from .offload import return_freed_memory
-from .plan import concurrent_groups, hessian_budget
+from .plan import hessian_budget, is_small
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +75,24 @@ def _binarize_groups(
     groups.clear()
     if not mine:
         return {}
-    threads = torch.get_num_threads() if linears[mine[0].names[0]].weight.device.type == "cpu" else 1
-    workers = concurrent_groups([[linears[name] for name in group.names] for group in mine], threads)
     # The longest first, so that all end at about the same time.
     mine.sort(key=lambda group: -sum(linears[name].weight.numel() for name in group.names))
-    with _pool(workers, threads) as each:
-        return {name: result for results in each(work, mine) for name, result in results.items()}
+    threads = torch.get_num_threads() if linears[mine[0].names[0]].weight.device.type == "cpu" else 1
+    small = [group for group in mine if threads > 1 and is_small([linears[name] for name in group.names])]
+    done = [work(group) for group in mine if not any(group is each for each in small)]
+    if small:
+        done += _side_by_side(work, small, threads)
+    return {name: result for results in done for name, result in results.items()}
+
+
+def _side_by_side(work: Callable[[InputGroup], Results], groups: list[InputGroup], threads: int) -> list[Results]:
+    """Each group on one of torch's threads, whatever their number: the last bits of sums depend on it."""
+    with ThreadPoolExecutor(min(threads, len(groups)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return list(pool.map(work, groups))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def _require_finite(groups: list[InputGroup], linears: dict[str, nn.Linear]) -> None:
@@ -96,20 +107,6 @@ def _require_finite(groups: list[InputGroup], linears: dict[str, nn.Linear]) -> 
                 require_finite_weight(linears[name].weight)
             except ArbCalibrationError as error:
                 raise ArbCalibrationError(f"{name}: {error}") from error
-
-
-@contextlib.contextmanager
-def _pool(workers: int, threads: int) -> Iterator[Callable]:
-    """A ``map`` over worker threads that share out torch's threads; results in order."""
-    if workers == 1:
-        yield map
-        return
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-        try:
-            yield pool.map
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
 
 
 def binarize_group(group: InputGroup, linears: dict[str, nn.Linear], config: ArbConfig) -> Results:

@@ -139,15 +139,10 @@ def hessian_budget(device: torch.device, processes: int) -> int:
     return int(psutil.virtual_memory().available * HESSIAN_SHARE / processes)
 
 
-def concurrent_groups(groups: Sequence[Sequence[nn.Linear]], threads: int) -> int:
-    """How many groups of linears with a common input to binarize at a time on the CPU, each on its share of threads."""
-    largest = max(_group_bytes(group) for group in groups)
-    return min(threads, len(groups)) if largest <= SMALL_WORK else 1
-
-
-def _group_bytes(group: Sequence[nn.Linear]) -> int:
+def is_small(group: Sequence[nn.Linear]) -> bool:
+    """Whether linears with a common input are binarized on one thread beside others, not on all threads alone."""
     factor = FLOAT * FACTOR_COPIES * group[0].in_features ** 2
-    return factor + SOLVE_COPIES * FLOAT * max(linear.weight.numel() for linear in group)
+    return factor + SOLVE_COPIES * FLOAT * max(linear.weight.numel() for linear in group) <= SMALL_WORK
 
 
 def spool_folder(config: ArbConfig) -> str:
