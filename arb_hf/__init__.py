@@ -6,7 +6,7 @@ Importing this package registers :class:`ArbConfig` with transformers, for binar
 from transformers.quantizers import auto as _auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
-from . import nn
+from . import evaluate, export, nn
 from .binarize import BinaryWeight, binarize_weight
 from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbCalibrationError, ArbFormatError, ArbUploadError
@@ -27,6 +27,8 @@ __all__ = [
     "binarize_weight",
     "bits_per_weight",
     "dequantize",
+    "evaluate",
+    "export",
     "from_pretrained",
     "load_report",
     "nn",

@@ -108,7 +108,7 @@ def _eval_result(measurement: Measurement) -> EvalResult:
     known = NAMED.get(measurement.data)
     return EvalResult(
         task_type="text-generation",
-        dataset_type=known[0] if known else measurement.data,
+        dataset_type=known[0] if known else "text",  # a file of the maker's has no name on the Hub
         dataset_name=measurement.data,
         metric_type=measurement.metric,
         metric_name=f"{measurement.metric} ({measurement.protocol})",

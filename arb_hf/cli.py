@@ -113,22 +113,28 @@ def compare(args: argparse.Namespace) -> Said:
         rows.append((key, *(each["options"].get(key) for each in summaries)))
     rows.append(("bits per weight", *(each["bits_per_weight"] for each in summaries)))
     rows.append(("MB", *(each["bytes"] / 1e6 for each in summaries)))
-    first, second = reports
-    if first is not None and second is not None:
-        rows.append(("output error", first.output_error, second.output_error))
-        errors = [each.errors_by_kind() for each in (first, second)]
-        rows += [(f"  {kind}", errors[0][kind], errors[1][kind]) for kind in errors[0] if kind in errors[1]]
-        found = [{(m.metric, m.data, m.protocol): m.value for m in each.measurements} for each in (first, second)]
-        rows += [(", ".join(key), value, found[1][key]) for key, value in found[0].items() if key in found[1]]
-        if args.plot:
-            plot_comparison(dict(zip(names, (first, second), strict=True)), args.plot)
-    elif args.plot:
-        raise ValueError(f"{names[0 if first is None else 1]} has no {REPORT_FILE} to draw")
+    rows.append(("output error", *(None if each is None else each.output_error for each in reports)))
+    errors = [{} if each is None else each.errors_by_kind() for each in reports]
+    rows += [(f"  {kind}", *(each.get(kind) for each in errors)) for kind in errors[0] | errors[1]]
+    found = [
+        {} if each is None else {(m.metric, m.data, m.protocol): m.value for m in each.measurements} for each in reports
+    ]
+    rows += [(", ".join(key), *(each.get(key) for each in found)) for key in found[0] | found[1]]
+    if args.plot:
+        plot_comparison(dict(zip(names, _reports(names, reports), strict=True)), args.plot)
     width = max(len(label) for label, _, _ in rows) + 2
     short = [Path(name).name for name in names]
     column = max(16, *map(len, short)) + 2
     cells = [f"{label:<{width}}{_cell(a):>{column}}{_cell(b):>{column}}" for label, a, b in [("", *short), *rows]]
     return {"models": list(names), "rows": [list(row) for row in rows]}, "\n".join(cells)
+
+
+def _reports(names: Sequence[str], reports: Sequence[ArbReport | None]) -> list[ArbReport]:
+    """All the reports, or an error that names the model without one."""
+    for name, report in zip(names, reports, strict=True):
+        if report is None:
+            raise ValueError(f"{name} has no {REPORT_FILE} to draw")
+    return [report for report in reports if report is not None]
 
 
 def push(args: argparse.Namespace) -> Said:
@@ -166,7 +172,11 @@ def lm_eval(argv: Sequence[str]) -> int:
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm_eval", *argv]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (OSError, ValueError) as error:  # a task's data out of reach, a model that is not there
+        print(f"arb-hf: error: lm_eval: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -265,15 +275,20 @@ def _measure(name: str, dtype: Any, args: argparse.Namespace) -> list[Measuremen
     found = [] if windows is None else [_perplexity(model, windows, args.text)]
     for path in args.items:
         accuracy = evaluation.multiple_choice(model, tokenizer, path, args.max_items)
-        protocol = f"zero-shot, {accuracy.items} items"
+        protocol = f"zero-shot, {accuracy.items} items, {_type_of(model)}"
         found.append(Measurement("acc", Path(path).name, protocol, accuracy.acc))
         found.append(Measurement("acc_norm", Path(path).name, protocol, accuracy.acc_norm))
     return found
 
 
 def _perplexity(model: PreTrainedModel, windows: torch.Tensor, text: str, baseline: float | None = None) -> Measurement:
-    protocol = f"{len(windows)} windows of {windows.shape[1]} tokens"
+    protocol = f"{len(windows)} windows of {windows.shape[1]} tokens, {_type_of(model)}"
     return Measurement("perplexity", os.path.basename(text), protocol, evaluation.perplexity(model, windows), baseline)
+
+
+def _type_of(model: PreTrainedModel) -> str:
+    """``float32``, ``bfloat16`` ...: what the model computes in, which moves the figures a little."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _lines(measurements: Sequence[Measurement]) -> list[str]:
@@ -285,7 +300,7 @@ def _lines(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _first_process() -> bool:

@@ -25,8 +25,13 @@ SHARED = ("dataset", "tokenizer")
 # Options that a module may have for itself, and those of them that its packed form depends on.
 PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions))
 FORM_OPTIONS = ("method", "block_size", "group_bitmap", "column_group_bitmap", "scale_dtype")
-
-
+# Options that have one of a few names.
+CHOICES = {
+    "method": METHODS,
+    "refinement": REFINEMENTS,
+    "salient_metric": SALIENT_METRICS,
+    "scale_dtype": tuple(SCALE_DTYPES),
+}
 # Steps of tuning by default, for each refinement.
 TUNE_STEPS = {"paper": 0, "full": 32}
 
@@ -47,16 +52,17 @@ class ArbConfig(QuantizationConfigMixin):
         refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README.
         tune_steps: steps of gradient by which each decoder layer is tuned after it is binarized, 0 for none. Needs
             ``refinement="full"``, whose default is 32; ``"paper"`` is never tuned. Layers with experts are left out.
-        dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``), a path (.txt, .raw, .jsonl,
-            .parquet), a list of strings, chats, token tensors or ``{"input_ids", "attention_mask"}``, or a
-            ``datasets.Dataset``.
-        num_samples, sequence_length: calibration windows and their length in tokens.
+        dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``) or a path (.txt, .raw, .jsonl,
+            .parquet); in Python also a list of strings, chats, token tensors or ``{"input_ids", "attention_mask"}``,
+            or a ``datasets.Dataset``.
+        num_samples: calibration windows, drawn from the text.
+        sequence_length: tokens of each.
         batch_size: windows per forward pass.
         seed: of the windows' positions; the global random state is never touched.
-        tokenizer: a name, a tokenizer, or None for the model's own.
+        tokenizer: of the calibration text, a name or a folder; in Python also a tokenizer. None: the model's own.
         modules_to_not_convert: names to keep in full precision, **added to** the default list (heads, embeddings).
-        overrides: options of single modules, ``{pattern: {"block_size": 64, ...}}``, or ``{pattern: None}`` to keep
-            them in full precision. Any of the options from ``method`` to ``refinement`` above, and ``scale_dtype``. A
+        overrides: options of single modules, ``{pattern: {"block_size": 64, ...}}``, or ``{pattern: None}`` (``null``
+            in JSON) to keep them in full precision. Any of the options from ``method`` to ``refinement`` above, and ``scale_dtype``. A
             pattern is a glob over full module names that covers what it matches and all inside it; of several the
             one with the most literal characters counts (:mod:`arb_hf.overrides`).
         minimum_coverage: the share of the decoder layers' matrix weights, those kept on request apart, that must be
@@ -130,17 +136,16 @@ class ArbConfig(QuantizationConfigMixin):
 
     def _validate(self) -> None:
         self._one_of("quant_method", (QUANT_METHOD,))
-        self._one_of("method", METHODS)
+        for option, names in CHOICES.items():
+            self._one_of(option, names)
         self._integer("block_size", WORD, MAX_BLOCK_SIZE)
         if self.block_size % WORD:
             self._refuse("block_size", f"a multiple of {WORD}")
         self._one_of("column_group_bitmap", (True, False))
         self._one_of("group_bitmap", (True, False))
         self._integer("iterations", 1, 10_000)
-        self._one_of("salient_metric", SALIENT_METRICS)
         self._integer("max_salient_columns", 1, MAX_BLOCK_SIZE)
         self._number("damping")
-        self._one_of("refinement", REFINEMENTS)
         if self.tune_steps is None:
             self.tune_steps = TUNE_STEPS[self.refinement]
         self._integer("tune_steps", 0, 1_000_000)
@@ -150,7 +155,6 @@ class ArbConfig(QuantizationConfigMixin):
         self._integer("sequence_length", 1)
         self._integer("batch_size", 1)
         self._integer("seed", 0, 2**63 - 1)
-        self._one_of("scale_dtype", tuple(SCALE_DTYPES))
         self._integer("format_version", 1)
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):

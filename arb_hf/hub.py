@@ -275,8 +275,8 @@ def push_folder(
         )
     except Exception as error:  # a boundary: HTTP, sockets and files fail in many types
         raise ArbUploadError(
-            f"{_cause(_origin(error), repo_id)}. Nothing is lost: the model is whole in {folder}. "
-            f"Go on with: arb-hf push {folder} {repo_id}"
+            f"{_cause(_origin(error), repo_id)}. Nothing is lost: the model is whole in {folder}, "
+            f"which stays until you delete it. Go on with: arb-hf push {folder} {repo_id}"
         ) from error
 
 

@@ -70,7 +70,7 @@ class Measurement:
     Attributes:
         metric: ``"perplexity"``, ``"acc"`` or ``"acc_norm"``.
         data: what it was measured on: a data set's name or a file's.
-        protocol: how, in words: ``"40 windows of 512 tokens"``.
+        protocol: how, in words: ``"40 windows of 512 tokens, float32"``.
         value: of the packed model.
         baseline: of the original in full precision by the same protocol, or None.
     """

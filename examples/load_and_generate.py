@@ -20,7 +20,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = arb_hf.from_pretrained(arguments.model)  # AutoModelForCausalLM's, with every file checked
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{arguments.model} has no tokenizer; save one beside it: {error}\n")
     print(arb_hf.summary(model))
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=arguments.tokens, do_sample=False)

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--calibration", default=str(DATA / "wikitext2.calibration.raw"), help="text to calibrate on")
     parser.add_argument("--text", default=str(DATA / "wikitext2.heldout.raw"), help="text to measure perplexity on")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
+    parser.add_argument("--tune-steps", type=int, default=32, help="of tuning per layer; 0 takes a sixth of the time")
     parser.add_argument("--quick", action="store_true", help="few windows")
     arguments = parser.parse_args()
     samples, count = (4, 2) if arguments.quick else (32, 20)
@@ -39,11 +40,15 @@ def main() -> None:
     before = perplexity(AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32), windows)
 
     config = ArbConfig(
-        method="arb-rc", dataset=arguments.calibration, num_samples=samples, sequence_length=arguments.length
+        refinement="full",
+        tune_steps=arguments.tune_steps,
+        dataset=arguments.calibration,
+        num_samples=samples,
+        sequence_length=arguments.length,
     )
     model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config, dtype=torch.float32)
     after = perplexity(model, windows)
-    protocol = f"{len(windows)} windows of {arguments.length} tokens"
+    protocol = f"{len(windows)} windows of {arguments.length} tokens, {str(model.dtype).removeprefix('torch.')}"
     model.arb_report.add(Measurement("perplexity", Path(arguments.text).name, protocol, after, before))
 
     print(model.arb_report.table())

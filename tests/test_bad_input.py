@@ -145,13 +145,15 @@ TABLE: dict[str, Row] = {
         lambda p: (p.offline(ConnectionError("Couldn't reach 'allenai/c4' on the Hub")), p.without_pass(dataset="c4")),
         ArbCalibrationError,
         "the data set 'c4' (allenai/c4) could not be loaded (ConnectionError: Couldn't reach 'allenai/c4' on the Hub). "
-        "Offline, pass dataset= a path (.txt, .raw, .jsonl, .parquet), a list of strings or token tensors",
+        "Offline, pass a file instead (dataset=, --dataset or --text: .txt, .raw, .jsonl, .parquet), or in Python a list of "
+        "strings or token tensors",
     ),
     "a cache that cannot be written": (
         lambda p: (p.offline(PermissionError(13, "Permission denied", "/cache")), p.without_pass(dataset="wikitext2")),
         ArbCalibrationError,
         "the data set 'wikitext2' (Salesforce/wikitext) could not be loaded (PermissionError: [Errno 13] Permission denied: "
-        "'/cache'). Offline, pass dataset= a path (.txt, .raw, .jsonl, .parquet), a list of strings or token tensors",
+        "'/cache'). Offline, pass a file instead (dataset=, --dataset or --text: .txt, .raw, .jsonl, .parquet), or in Python a list of "
+        "strings or token tensors",
     ),
     "binarizing a packed model again": (
         lambda p: p.binarize(model=PACKED), UserWarning,

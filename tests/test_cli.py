@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import struct
 import sys
 import time
@@ -65,7 +66,7 @@ def test_quantize_writes_a_whole_model(packed):
     config = model.config.quantization_config
     assert (config.block_size, config.iterations, config.num_samples) == (32, 2, 4)
     (measurement,) = model.arb_report.measurements
-    assert measurement.protocol == "3 windows of 32 tokens"
+    assert measurement.protocol == "3 windows of 32 tokens, float32"
     assert measurement.baseline != measurement.value
     card = (packed / "README.md").read_text()
     assert "base_model: me/dense" in card
@@ -177,6 +178,8 @@ def test_inspect_of_a_dense_model(here, capsys):
     result = said(capsys, "inspect", here / "dense")
     assert result["options"] is None
     assert result["bits_per_weight"] is None
+    assert main(["inspect", str(here / "dense")]) == 0
+    assert "not packed by arb_hf" in capsys.readouterr().out
 
 
 def sparse_model(folder, size):
@@ -248,6 +251,19 @@ def test_compare_lays_two_runs_side_by_side(packed, other, tmp_path, capsys):
     assert (tmp_path / "errors.png").read_bytes()[:4] == b"\x89PNG"
     assert main(["compare", str(packed), str(other)]) == 0
     assert "bits per weight" in capsys.readouterr().out
+
+
+def test_compare_shows_what_only_one_run_has(packed, other, tmp_path, capsys):
+    shutil.copytree(other, tmp_path / "other")
+    (tmp_path / "other" / "arb_report.json").unlink()
+    rows = {label: values for label, *values in said(capsys, "compare", packed, tmp_path / "other")["rows"]}
+    assert rows["output error"][0] > 0
+    assert rows["output error"][1] is None
+    assert main(["compare", str(packed), str(tmp_path / "other")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("output error")]
+    assert line.endswith(" -")
+    assert main(["compare", str(packed), str(tmp_path / "other"), "--plot", str(tmp_path / "x.png")]) == 1
+    assert f"{tmp_path / 'other'} has no arb_report.json to draw" in capsys.readouterr().err
 
 
 def test_compare_refuses_a_dense_model(packed, here, capsys):
@@ -344,6 +360,37 @@ def test_optimum_cli_offers_the_commands(packed):
         done = fresh_process(code)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
+
+
+def test_help_of_quantize_names_the_values(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    text = capsys.readouterr().out
+    for values in (
+        "{arb-rc,arb-x,arb,billm}",
+        "{paper,full}",
+        "{hessian,magnitude}",
+        "int8}",
+        '"model.layers.0": null',
+    ):
+        assert values in text
+
+
+def test_a_figure_names_the_type_it_was_measured_in(packed, here, capsys):
+    measure = ["evaluate", packed, "--text", here / "text.txt", "--eval-length", "32", "--dtype", "bfloat16"]
+    (measurement,) = said(capsys, *measure)["measurements"]
+    assert measurement["protocol"].endswith("tokens, bfloat16")
+
+
+def test_lm_eval_fails_in_one_line(monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+
+    def offline():
+        raise OSError("no connection")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", offline)
+    assert main(["lm-eval", "--tasks", "arc_easy"]) == 1
+    assert capsys.readouterr().err == "arb-hf: error: lm_eval: OSError: no connection\n"
 
 
 def test_missing_lm_eval_says_what_to_install(monkeypatch, capsys):

@@ -132,6 +132,6 @@ def test_broken_jsonl_names_the_line(tmp_path):
 @pytest.mark.parametrize("name", ["c4", "wikitext2", "ptb"])
 def test_named_data_offline_says_what_to_pass_instead(name):
     with pytest.raises(
-        ArbCalibrationError, match=f"the data set '{name}' .* could not be loaded .*Offline, pass dataset="
+        ArbCalibrationError, match=f"the data set '{name}' .* could not be loaded .*Offline, pass a file instead"
     ):
         load(name)

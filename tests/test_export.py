@@ -8,12 +8,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import arb_hf
 from arb_hf.checkpoint import binary_modules
 from arb_hf.export import export_dense, export_gguf
-from arb_hf.export.gguf import decode_q1_0, encode_q1_0, why_not_q1_0
+from arb_hf.export.gguf import LLAMA3, decode_q1_0, encode_q1_0, splitting, why_not_q1_0
 from arb_hf.form import BinaryForm
 from arb_hf.nn import BinaryLinear
 from byte_model import byte_tokenizer, byte_tokens, save_byte_model
@@ -175,6 +176,46 @@ def test_gguf_q1_0_of_another_form_is_refused_with_the_reason(model, tmp_path):
     with pytest.raises(ValueError, match=r"q_proj does not have the form Q1_0: .* more than one magnitude"):
         export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", "q1_0")
     assert not list(tmp_path.iterdir())
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (BYTES, "gpt-2"),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES]), "smollm"),
+        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES_ONLY]), "llama-bpe"),
+        (
+            pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3.replace("{1,3}", "")), "isolated"), BYTES_ONLY]),
+            "qwen2",
+        ),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), BYTES]), None),
+        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s"), "isolated"), BYTES_ONLY]), None),
+        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "removed"), BYTES_ONLY]), None),
+        (BYTES_ONLY, None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+        (pre_tokenizers.Whitespace(), None),
+    ],
+)
+def test_gguf_names_the_rule_that_splits_text(rule, name):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = rule
+    assert splitting(tokenizer) == name
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert splitting(tokenizer) is None
+
+
+def test_gguf_says_when_it_does_not_know_the_rule(model, tmp_path, caplog):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = BYTES
+    export_gguf(model, tokenizer, tmp_path / "known.gguf")
+    assert not caplog.records
+    tokenizer.backend_tokenizer.pre_tokenizer = BYTES_ONLY
+    export_gguf(model, tokenizer, tmp_path / "unknown.gguf")
+    assert "splitting rule is not known" in caplog.text
 
 
 def test_gguf_refuses_what_it_cannot_say(model, tmp_path):

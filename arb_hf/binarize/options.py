@@ -10,7 +10,6 @@ from ..form import BinaryForm
 METHODS = ("arb-rc", "arb-x", "arb", "billm")
 SALIENT_METRICS = ("hessian", "magnitude")
 REFINEMENTS = ("paper", "full")
-SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)

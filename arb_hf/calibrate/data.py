@@ -218,7 +218,8 @@ def _download(name: str, split: str) -> list[str]:
         reason = str(error).partition("\n")[0]
         raise ArbCalibrationError(
             f"the data set {name!r} ({path}) could not be loaded ({type(error).__name__}: {reason}). "
-            "Offline, pass dataset= a path (.txt, .raw, .jsonl, .parquet), a list of strings or token tensors"
+            "Offline, pass a file instead (dataset=, --dataset or --text: .txt, .raw, .jsonl, .parquet), or in Python a list of "
+            "strings or token tensors"
         ) from error
     return data[column][: 20_000 if name == "c4" else None]
 

@@ -30,20 +30,23 @@ Q1_0_BLOCK = 128
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp knows a model type: its name there, whether its rotary embedding pairs neighbouring rows of q and k
-    (transformers pairs the halves of a head), and the name of the tokenizer's splitting rule."""
+    """How llama.cpp knows a model type: its name there, and whether its rotary embedding pairs neighbouring rows of q
+    and k (transformers pairs the halves of a head)."""
 
     name: str
     interleaved: bool
-    pre_tokenizer: str | None
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", True, None),
-    "mistral": Architecture("llama", True, None),
-    "qwen2": Architecture("qwen2", False, "qwen2"),
-    "qwen3": Architecture("qwen3", False, "qwen2"),
+    "llama": Architecture("llama", True),
+    "mistral": Architecture("llama", True),
+    "qwen2": Architecture("qwen2", False),
+    "qwen3": Architecture("qwen3", False),
 }
+# llama.cpp's names for the rules by which byte-level tokenizers split text, and the rules as `tokenizers` writes them:
+# an expression for Split; "digits", one token each, and then GPT-2's expression; or GPT-2's alone.
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITTING = {"gpt2": "gpt-2", "digits": "smollm", LLAMA3: "llama-bpe", LLAMA3.replace("{1,3}", ""): "qwen2"}
 
 
 def export_gguf(
@@ -60,8 +63,8 @@ def export_gguf(
         tokenizer: byte-level BPE, the model's own.
         kind: of the binary matrices: ``"q1_0"`` (all of them, or nothing is written), ``"f16"``, ``"f32"``, or
             ``"auto"``: Q1_0 where exact, else f16. Embeddings and heads are f16 (f32 with ``"f32"``), vectors f32.
-        pre_tokenizer: llama.cpp's name for the tokenizer's splitting rule (``"smollm"``, ``"llama-bpe"``...), where the
-            architecture does not tell; its ``"default"`` otherwise, with a warning.
+        pre_tokenizer: llama.cpp's name for the tokenizer's splitting rule (``"smollm"``, ``"llama-bpe"``...); by
+            default the one whose rule the tokenizer has, or ``"default"`` with a warning.
 
     Raises:
         ImportError: the package gguf is not installed.
@@ -84,7 +87,7 @@ def export_gguf(
     rounding = Rounding()
     try:
         _add_config(writer, config, Path(model.name_or_path or "model").name)
-        _add_vocabulary(writer, gguf, tokenizer, vocabulary, pre_tokenizer or architecture.pre_tokenizer)
+        _add_vocabulary(writer, gguf, tokenizer, vocabulary, pre_tokenizer or splitting(tokenizer))
         for name, tensor in _tensors(model):
             if architecture.interleaved:
                 tensor = _interleaved(name, tensor, config)
@@ -235,6 +238,28 @@ def _vocabulary(tokenizer: Any, size: int) -> list[tuple[str, bool, bool]]:
         )
         for index in range(size)
     ]
+
+
+def splitting(tokenizer: Any) -> str | None:
+    """llama.cpp's name for the rule by which a byte-level BPE tokenizer splits text; None for one that has no name."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    rule = backend["pre_tokenizer"] or {}
+    steps = rule.get("pretokenizers", [rule])
+    last = steps[-1]
+    if backend["normalizer"] not in (None, {"type": "NFC"}) or last.get("type") != "ByteLevel":
+        return None
+    if last["add_prefix_space"]:
+        return None
+    if last.get("use_regex", True):
+        digits = [{"type": "Digits", "individual_digits": True}]
+        return SPLITTING["gpt2"] if not steps[:-1] else SPLITTING["digits"] if steps[:-1] == digits else None
+    if (
+        len(steps) == 2
+        and steps[0]["type"] == "Split"
+        and (steps[0]["behavior"], steps[0]["invert"]) == ("Isolated", False)
+    ):
+        return SPLITTING.get(steps[0]["pattern"].get("Regex"))
+    return None
 
 
 def _add_vocabulary(writer: Any, gguf: Any, tokenizer: Any, tokens: list, pre_tokenizer: str | None) -> None:

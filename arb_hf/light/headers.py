@@ -170,9 +170,11 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
 def table(summary: Mapping[str, Any]) -> str:
     """The text that ``arb-hf inspect`` prints."""
     options, report = summary["options"], summary["report"]
-    lines = [f"{summary['path']}: {len(summary['files'])} file(s), {summary['bytes'] / 1e6:,.1f} MB"]
+    lines = [f"{summary['path']}: {len(summary['files'])} file(s), {summary['bytes'] / 1e6:,.2f} MB with headers"]
     if options:
         lines.append("options: " + ", ".join(f"{key}={value}" for key, value in options.items() if value is not None))
+    else:
+        lines.append("not packed by arb_hf: no binary layers")
     lines += ["", f"{'kind':<28}{'layers':>8}{'weights':>16}{'bits/weight':>13}{'MB':>11}"]
     lines += [_row(kind, row["layers"], row["weights"], row["bits"]) for kind, row in summary["kinds"].items()]
     binary, kept = summary["binary"], summary["kept"]

@@ -111,7 +111,9 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="folder to write; must not hold a model yet")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device-map", help="as for from_pretrained: auto, cpu, cuda:0 ...")
-    parser.add_argument("--base-model", help="name of the original on the Hub, for the model card (default: MODEL)")
+    parser.add_argument(
+        "--base-model", help="name of the original on the Hub, for the model card (default: MODEL, if it is one)"
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--evaluate", metavar="TEXT", help="measure perplexity on TEXT before and after, for the card")
     _windows(parser)
@@ -172,6 +174,9 @@ COMMANDS: dict[str, tuple[str, str, Add]] = {
         "make a model binary, and write it with its record and model card",
         "  arb-hf quantize HuggingFaceTB/SmolLM2-135M-Instruct ./smol-arb\n"
         "  arb-hf quantize ./model ./model-arb --dataset my_text.jsonl --num-samples 64 --evaluate wikitext2\n"
+        "  arb-hf quantize ./model ./model-arb --dataset my_text.jsonl --refinement full --scale-dtype int8\n"
+        "  arb-hf quantize ./model ./model-arb --dataset my_text.jsonl \\\n"
+        '      --overrides \'{"model.layers.0": null, "*.down_proj": {"block_size": 64}}\'\n'
         "  accelerate launch -m arb_hf quantize ./model ./model-arb --checkpoint-dir ./resume",
         _quantize,
     ),
@@ -208,7 +213,8 @@ COMMANDS: dict[str, tuple[str, str, Add]] = {
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """An option for every argument of ArbConfig, with its default and its words; given ones are in ``args.config``."""
-    config = importlib.import_module("arb_hf.config").ArbConfig
+    module = importlib.import_module("arb_hf.config")
+    config = module.ArbConfig
     words = argument_docs(config.__doc__)
     group = parser.add_argument_group("options of the binarization (ArbConfig's)")
     for name, parameter in inspect.signature(config).parameters.items():
@@ -220,8 +226,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
             dest=f"config.{name}",
             default=argparse.SUPPRESS,
             help=(words.get(name, "") + default).replace("%", "%%"),
-            **_kind(str(parameter.annotation)),
+            **{**_kind(str(parameter.annotation)), **_values(module, name)},
         )
+
+
+def _values(module: Any, name: str) -> dict[str, str]:
+    """What ``--help`` shows for an option that has few values; ArbConfig checks them, in one place and with one message."""
+    values = module.CHOICES.get(name)
+    return {"metavar": "{" + ",".join(values) + "}"} if values else {}
 
 
 def argument_docs(docstring: str | None) -> dict[str, str]:
