@@ -107,3 +107,8 @@ def test_time_of_a_whole_model(benchmark):
 
 def test_ablation(benchmark):
     assert "column feedback" in benchmark("benchmarks/ablation", "--layers", 0, "--windows", 1)
+    two = ("--variants", "published", "only column feedback")
+    printed = benchmark("benchmarks/ablation", "--quick", "--perplexity", *two)
+    assert [line.split()[0] for line in printed.splitlines()] == ["published", "only"]
+    perplexities = [line.partition("perplexity")[2].split()[0] for line in printed.splitlines()]
+    assert perplexities[0] != perplexities[1]

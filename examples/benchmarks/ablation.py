@@ -2,8 +2,9 @@
 
     python examples/benchmarks/ablation.py --model MODEL --data FOLDER --layers 2 12
 
-Inputs are those of the full-precision model on the calibration windows of ``protocol.py``. Every line adds its step to
-the ones before it.
+Inputs are those of the full-precision model on the calibration windows of ``protocol.py``. Every line with a plus adds
+its step to the ones before it; a line with "only" adds it to the free levels. With ``--perplexity`` the whole model is
+binarized instead, each line by its steps, and measured as ``protocol.py`` measures.
 """
 
 from __future__ import annotations
@@ -11,14 +12,25 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from protocol import calibration_tokens, calibration_windows
+from protocol import (
+    EVALUATION_WINDOWS,
+    LENGTH,
+    binarize,
+    calibration_tokens,
+    calibration_windows,
+    read_wikitext,
+    tokenize,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from arb_hf import bits_per_weight
 from arb_hf.binarize import BinarizeOptions, BinaryWeight, binarize_weight
 from arb_hf.binarize.full import _curvature, _descend, assemble, choose_salient_columns, spans
 from arb_hf.binarize.hessian import HessianFactor, factorize, output_error
@@ -34,6 +46,7 @@ from arb_hf.calibrate.capture import capture, run_layer
 from arb_hf.calibrate.data import Batch
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
 from arb_hf.calibrate.hessians import accumulate
+from arb_hf.evaluate import perplexity
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,9 @@ class Steps:
     scale_dtype: str = "float16"
 
 
+FREE = Steps(feedback=False, exact=False, rows=False, columns=False)
 VARIANTS: dict[str, Steps] = {
-    "free levels": Steps(feedback=False, exact=False, rows=False, columns=False),
+    "free levels": FREE,
     "+ column feedback": Steps(exact=False, rows=False, columns=False),
     "+ exact compensation": Steps(rows=False, columns=False),
     "+ row scales under H": Steps(columns=False),
@@ -58,6 +72,11 @@ VARIANTS: dict[str, Steps] = {
     "+ two sweeps": Steps(sweeps=2),
     "(four sweeps)": Steps(sweeps=4),
     "+ 8-bit scales, bits spent on salient columns": Steps(sweeps=2, scale_dtype="int8"),
+    "only column feedback": replace(FREE, feedback=True),
+    "only exact compensation": replace(FREE, exact=True),
+    "only row and column scales under H": replace(FREE, rows=True, columns=True),
+    "only two sweeps": replace(FREE, sweeps=2),
+    "only 8-bit scales": replace(FREE, scale_dtype="int8"),
 }
 
 
@@ -113,6 +132,22 @@ def matrices(arguments: argparse.Namespace) -> list[tuple[str, Tensor, Tensor]]:
     return found
 
 
+def perplexities(arguments: argparse.Namespace, names: list[str]) -> None:
+    """Bits, perplexity and seconds of the whole model, binarized by each variant's steps."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    windows = calibration_windows(calibration_tokens("wiki", arguments.data, tokenizer), 0)[: arguments.windows]
+    text = tokenize(tokenizer, read_wikitext(arguments.data / "wiki.test.raw"))
+    for name in names:
+        steps = VARIANTS.get(name)
+        options: dict[str, Any] = {"refinement": "paper"}
+        if steps is not None:
+            options = {"refinement": "full", "scale_dtype": steps.scale_dtype, "tune_steps": 0}
+        with patch("arb_hf.binarize.solve.binarize_full", lambda w, h, f, o, steps=steps: solve(w, h, f, steps)):
+            model, seconds = binarize(arguments.model, windows, 0, options, torch.float32)
+        value = perplexity(model, text, sequence_length=LENGTH, max_windows=arguments.eval_windows)
+        print(f"{name:48s} {bits_per_weight(model):6.3f} bits  perplexity {value:10.2f}  {seconds:5.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model's path or name")
@@ -120,11 +155,18 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 12])
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--perplexity", action="store_true", help="binarize and measure the whole model by each variant"
+    )
+    parser.add_argument("--eval-windows", type=int, default=EVALUATION_WINDOWS, help="windows of the perplexity")
+    parser.add_argument("--variants", nargs="+", choices=["published", *VARIANTS], default=["published", *VARIANTS])
     parser.add_argument("--quick", action="store_true", help="one layer, 4 windows: a smoke test")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.layers, arguments.windows = [0], 4
+        arguments.layers, arguments.windows, arguments.eval_windows = [0], 4, 4
     torch.set_num_threads(arguments.threads)
+    if arguments.perplexity:
+        return perplexities(arguments, arguments.variants)
     found = matrices(arguments)
     factors = [factorize(hessian, weight.shape[1], 0.01) for _, weight, hessian in found]
     print(f"{'':48s}" + "".join(f"{name:>22s}" for name, _, _ in found) + f"{'bits':>8s}{'CPU s':>8s}")
@@ -141,9 +183,12 @@ def main() -> None:
         print(f"{name:48s}" + "".join(f"{error:22.5f}" for error in errors) + f"{bits:8.3f}{seconds:8.2f}", flush=True)
 
     with torch.no_grad():
-        line("published", lambda w, h, f: binarize_weight(w, h, BinarizeOptions()))
-        for name, steps in VARIANTS.items():
-            line(name, lambda w, h, f, steps=steps: solve(w, h, f, steps))
+        for name in arguments.variants:
+            steps = VARIANTS.get(name)
+            if steps is None:
+                line(name, lambda w, h, f: binarize_weight(w, h, BinarizeOptions()))
+            else:
+                line(name, lambda w, h, f, steps=steps: solve(w, h, f, steps))
 
 
 if __name__ == "__main__":
