@@ -2,6 +2,7 @@
 
     python examples/benchmarks/inference.py --quick                       # a minute, no model
     python examples/benchmarks/inference.py --model DIR --json out.json --plot out.png
+    python examples/benchmarks/inference.py --model DIR --gguf FILE --only generate   # llama.cpp too: llama-cpp-python
 
 Contenders run interleaved and medians are compared, so that what else the machine does hits all of them alike. With one
 thread the time is the thread's CPU time, with more it is wall time. Weights are random: speed does not depend on quality.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -160,31 +162,51 @@ def binary_copy(model: nn.Module) -> nn.Module:
     return model
 
 
-def generation(directory: str, prompt: int, new: int, rounds: int) -> dict:
+def generate(model: nn.Module, tokens: Tensor, count: int) -> None:
+    """Exactly ``count`` tokens by transformers' ``generate``."""
+    options: dict = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+
+
+def llama_cpp(path: str, context: int) -> Callable[[Tensor, int], None]:
+    """The same by llama.cpp, which reads ``path``, a GGUF file."""
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    model = Llama(path, n_ctx=context, n_batch=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run(tokens: Tensor, count: int) -> None:
+        model.reset()  # the prompt is to be read anew
+        made = model.generate(tokens[0].tolist(), temp=0.0)
+        for _ in range(count):
+            next(made)
+
+    return run
+
+
+def generation(directory: str, gguf: str | None, prompt: int, new: int, rounds: int) -> dict:
     """Tokens a second of ``generate``: the prompt (all but one token of time is its forward), then one token at a time."""
     from transformers import AutoModelForCausalLM
 
     dense = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    models = {"binary": binary_copy(dense), "bf16": dense}
+    contenders: dict[str, Callable[[Tensor, int], None]] = {
+        "binary": partial(generate, binary_copy(dense)),
+        "bf16": partial(generate, dense),
+    }
+    if gguf:
+        contenders["llama.cpp"] = llama_cpp(gguf, prompt + new + 8)
     tokens = torch.randint(0, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
-    def run(model: nn.Module, count: int) -> float:
+    def seconds(run: Callable[[Tensor, int], None], count: int) -> float:
         start = clock()
-        model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-        )
+        run(tokens, count)
         return clock() - start
 
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
-        for name, model in models.items():
-            first, all_of_them = run(model, 1), run(model, 1 + new)
+        for name, run in contenders.items():
+            first, all_of_them = seconds(run, 1), seconds(run, 1 + new)
             if turn:
                 times[name].append((first, all_of_them - first))
     result = {"model": directory, "prompt": prompt, "new": new, "threads": torch.get_num_threads()}
@@ -195,7 +217,8 @@ def generation(directory: str, prompt: int, new: int, rounds: int) -> dict:
         }
     for what in ("prompt", "decode"):
         key = f"{what}_tokens_per_second"
-        result[f"{what}_speed_against_bf16"] = result["binary"][key] / result["bf16"][key]
+        for name in list(contenders)[1:]:
+            result[f"{what}_speed_against_{name}"] = result["binary"][key] / result[name][key]
     return result
 
 
@@ -275,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter runs")
     parser.add_argument("--model", help="directory of a model for `generate`, e.g. SmolLM2-135M-Instruct")
+    parser.add_argument("--gguf", help="GGUF file of that model, for llama.cpp's `generate` (needs llama-cpp-python)")
     parser.add_argument("--packed", help="directory of a packed model, to measure the memory it takes")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--only", choices=("matmul", "linears", "generate"), help="one part")
@@ -312,7 +336,7 @@ def main() -> None:
                 )
             if options.model and options.only in (None, "generate"):
                 figures["generate"].append(
-                    generation(options.model, 64, 16 if options.quick else 64, 2 if options.quick else 5)
+                    generation(options.model, options.gguf, 64, *((16, 2) if options.quick else (64, 5)))
                 )
                 print(json.dumps(figures["generate"][-1], indent=2), flush=True)
     if options.packed:
