@@ -14,10 +14,10 @@ VOCABULARY = 257
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and ``<s>``."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(["<s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    """One token a byte, but for one that is in no text; ``<s>``; and one merge, without which llama.cpp reads none."""
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"\xff"})  # which stands for 0xFF: UTF-8 never has it
+    vocabulary = {symbol: index for index, symbol in enumerate(["<s>", *alphabet, "qu"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("q", "u")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")

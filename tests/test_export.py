@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import arb_hf
@@ -43,7 +43,7 @@ def one_plane(out_features, in_features, seed):
     generator = torch.Generator().manual_seed(seed)
     form = BinaryForm(out_features, in_features, 0, 128, 1, 1, True, "float16")
     rows = torch.zeros(form.blocks, form.slots, out_features)
-    rows[:, 0] = torch.rand(form.blocks, out_features, generator=generator).half().float() + 0.5
+    rows[:, 0] = torch.rand(form.blocks, out_features, generator=generator).half().float() / 16 + 0.03125
     signs = torch.randint(0, 2, (out_features, in_features), generator=generator, dtype=torch.int8) * 2 - 1
     nothing = torch.zeros(out_features, 0, dtype=torch.int8)
     salient, extra = torch.zeros(in_features, dtype=torch.bool), torch.zeros(1, 0)
@@ -147,6 +147,31 @@ def test_gguf_of_one_plane_is_q1_0_and_exact(one_bit, tmp_path, kind):
     np.testing.assert_array_equal(stored[1], weight.numpy())
 
 
+def rounded_activations(module, args):
+    """What llama.cpp multiplies Q1_0 with: blocks of 32 activations as int8 and a float16 scale (its Q8_0)."""
+    blocks = args[0].float().reshape(-1, 32)
+    scales = blocks.abs().amax(1, keepdim=True) / 127
+    return ((blocks / scales.clamp(min=1e-30)).round() * scales.half().float()).reshape(args[0].shape)
+
+
+@pytest.mark.parametrize("kind", ["f32", "q1_0"])
+def test_llama_cpp_gives_the_same_logits(one_bit, tmp_path, kind):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    export_gguf(one_bit, byte_tokenizer(), tmp_path / "model.gguf", kind)
+    reader = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    tokens = byte_tokens(1, 16)
+    reader.eval(tokens[0].tolist())
+    found = torch.from_numpy(np.array(reader.scores[:16]))
+    exact = logits(one_bit)[0].float()
+    for module in binary_modules(one_bit).values():
+        module.register_forward_pre_hook(rounded_activations)
+    rounding = (logits(one_bit)[0].float() - exact).norm()  # about 2 % here; a weight out of place makes it 100
+    assert rounding < 0.05 * exact.norm()
+    assert (found - exact).norm() < (1.5 * rounding if kind == "q1_0" else 0.002 * exact.norm())
+    text = "a quick fox"
+    assert reader.tokenize(text.encode(), add_bos=False) == byte_tokenizer()(text)["input_ids"]
+
+
 def test_q1_0_bytes():
     """The layout of one block, by hand: a float16 scale, then bits from the least significant."""
     weight = torch.full((1, 128), -0.5)
@@ -221,6 +246,10 @@ def test_gguf_says_when_it_does_not_know_the_rule(model, tmp_path, caplog):
 def test_gguf_refuses_what_it_cannot_say(model, tmp_path):
     with pytest.raises(ValueError, match="byte-level BPE"):
         export_gguf(model, word_tokenizer(), tmp_path / "m.gguf")
+    bare = byte_tokenizer()
+    bare.backend_tokenizer.model = models.BPE(bare.get_vocab(), [])
+    with pytest.raises(ValueError, match="no merges"):
+        export_gguf(model, bare, tmp_path / "m.gguf")
     model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4}
     with pytest.raises(ValueError, match="yarn"):
         export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")

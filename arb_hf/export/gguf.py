@@ -228,6 +228,8 @@ def _vocabulary(tokenizer: Any, size: int) -> list[tuple[str, bool, bool]]:
         raise ValueError("GGUF export knows byte-level BPE tokenizers only (GPT-2's kind); this model has another")
     added = tokenizer.added_tokens_decoder
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
+    if not _merges(tokenizer):
+        raise ValueError("this tokenizer has no merges, and llama.cpp reads none without")
     if max(texts) >= size:
         raise ValueError(f"the tokenizer has {max(texts) + 1} tokens, the model {size}")
     return [
@@ -238,6 +240,10 @@ def _vocabulary(tokenizer: Any, size: int) -> list[tuple[str, bool, bool]]:
         )
         for index in range(size)
     ]
+
+
+def _merges(tokenizer: Any) -> list[Any]:
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
 
 
 def splitting(tokenizer: Any) -> str | None:
@@ -275,8 +281,7 @@ def _add_vocabulary(writer: Any, gguf: Any, tokenizer: Any, tokens: list, pre_to
     writer.add_token_types(
         [kinds.CONTROL if special else kinds.USER_DEFINED if added else kinds.NORMAL for _, special, added in tokens]
     )
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
+    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in _merges(tokenizer)])
     for part in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{part}_token_id")
         if index is not None:
