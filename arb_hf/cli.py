@@ -108,7 +108,7 @@ def compare(args: argparse.Namespace) -> Said:
         if each["bits_per_weight"] is None:
             raise ValueError(f"{name} holds no model packed by arb_hf")
     reports = [load_report(name) for name in names]
-    rows: list[tuple[str, Any, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     for key in ("method", "refinement", "scale_dtype"):
         rows.append((key, *(each["options"].get(key) for each in summaries)))
     rows.append(("bits per weight", *(each["bits_per_weight"] for each in summaries)))

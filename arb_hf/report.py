@@ -90,7 +90,7 @@ class ArbReport:
         config: the options used (``ArbConfig.to_dict()``).
         model: name or path of the original model.
         samples, tokens: calibration sequences and their tokens, padding apart.
-        matrices: a record per binarized matrix; output errors are those before tuning.
+        matrices: a record per binarized matrix, as stored.
         tuned: a record per tuned decoder layer.
         coverage: what was binarized and what was kept, and why.
         stages: seconds spent per stage of the run.

@@ -194,7 +194,7 @@ def test_the_plan_is_logged_and_bounds_what_is_packed(dense, expected, caplog):
     assert "21 matrices" in text
     assert "minutes for the other layers" in text
     wanted = [each for each in model.arb_report.coverage.matrices if each.kept is None]
-    made = plan.make_plan(model, wanted, [], tiny.config(), 1)
+    made = plan.make_plan(model, wanted, [], tiny.config(), 1, False)
     assert sum(each.bits for each in model.arb_report.matrices) // 8 <= made.packed
 
 

@@ -12,6 +12,7 @@ from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.binarize import BinarizeOptions, binarize_weight
 from arb_hf.binarize import latent as latent_module
 from arb_hf.binarize.full import assemble, take_apart
+from arb_hf.binarize.hessian import output_error
 from arb_hf.binarize.latent import LatentWeight
 from arb_hf.calibrate import distributed, run, tune
 from arb_hf.calibrate.capture import LayerCalls, capture, run_layer
@@ -116,10 +117,14 @@ def tuned(scene, steps=24, seed=0, calls=None, **options):
         found, record = tune_layer(layer, weights, calls or every, 1, steps, seed, Processes())
         after = {name: layer.get_parameter(name).clone() for name in norms}
     finally:
-        for name, parameter in norms.items():
-            module, _, key = name.rpartition(".")
-            setattr(layer.get_submodule(module), key, parameter)
+        restore(layer, norms)
     return weights, found, record, after
+
+
+def restore(layer, norms):
+    for name, parameter in norms.items():
+        module, _, key = name.rpartition(".")
+        setattr(layer.get_submodule(module), key, parameter)
 
 
 @torch.no_grad()
@@ -275,7 +280,8 @@ def test_spool_keeps_both_models_states_apart():
         assert kept.hidden.sum() == 0
 
 
-def test_layers_with_experts_are_left_out(tmp_path, caplog):
+@pytest.mark.parametrize("overrides", [False, True])
+def test_layers_with_experts_are_left_out(tmp_path, caplog, overrides):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MixtralForCausalLM(
@@ -290,10 +296,72 @@ def test_layers_with_experts_are_left_out(tmp_path, caplog):
             )
         )
     model.save_pretrained(tmp_path)
-    with caplog.at_level(logging.INFO, logger="arb_hf"):
-        loaded = tiny.binarize(tmp_path, refinement="full", tune_steps=2)
+    kept = {"*.experts": None}  # stays in stacks
+    with caplog.at_level(logging.WARNING, logger="arb_hf"):
+        loaded = tiny.binarize(
+            tmp_path, refinement="full", tune_steps=2, overrides=kept if overrides else None, minimum_coverage=0
+        )
+    assert "recompute" in loaded.arb_report.stages
     assert not loaded.arb_report.tuned
-    assert "decoder layer 1 is not tuned" in caplog.text
+    assert "1 of 1 decoder layers are not tuned" in caplog.text
+
+
+@torch.no_grad()
+def test_the_loss_after_tuning_is_that_of_the_whole_layer_as_stored(scene):
+    """Matrices that are not tuned count as binary too."""
+    layer, calls = scene
+    fixed = {"mlp.up_proj": binary(layer.mlp.up_proj.weight).dequantize()}
+    weights = {"mlp.down_proj": binary(layer.mlp.down_proj.weight)}
+    before = {name: p for name, p in layer.named_parameters() if p.dim() == 1}
+    found, record = tune_layer(layer, weights, calls, 1, 8, 0, Processes(), fixed=fixed)
+    norms = {name: layer.get_parameter(name) for name in before}
+    restore(layer, before)
+    assert record.after < record.before
+    stored = {f"{name}.weight": weight.rounded().dequantize() for name, weight in found.items()}
+    stored |= {f"{name}.weight": each for name, each in fixed.items()} | norms
+    losses = [
+        token_errors(run_layer(layer, call, 1, parameters=stored), call.reference, None)[0] for call in calls[14:]
+    ]
+    assert (sum(losses) / (2 * 48)).item() == pytest.approx(record.after, rel=1e-5)
+
+
+def test_nothing_is_left_on_what_the_layer_keeps(tmp_path):
+    strong_llama().save_pretrained(tmp_path)
+    options = {"overrides": {"*.down_proj": None}, "minimum_coverage": 0, "tune_steps": 4, "refinement": "full"}
+    model = tiny.binarize(tmp_path, dataset=token_samples(16), **options)
+    assert any(each.after < each.before for each in model.arb_report.tuned)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    norms = [p for name, p in model.named_parameters() if "layernorm" in name]
+    assert len({p.requires_grad for p in norms}) == 1
+
+
+def test_output_errors_are_those_of_the_weights_as_stored(tmp_path):
+    """Of a single layer, whose inputs are the same before and after."""
+    strong_llama(layers=1).save_pretrained(tmp_path)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    samples = token_samples(16)
+    model = tiny.binarize(tmp_path, dataset=samples, num_samples=16, refinement="full", tune_steps=8)
+    assert model.arb_report.tuned[0].after < model.arb_report.tuned[0].before
+    with torch.no_grad():
+        calls = list(capture(dense, dense.model.layers, [Batch(ids[None], None) for ids in samples]))
+        layer = dense.model.layers[0]
+        restore(layer, {name: p for name, p in model.model.layers[0].named_parameters() if "norm" in name})
+        linears = {name: each for name, each in layer.named_modules() if isinstance(each, torch.nn.Linear)}
+        hessians = {name: group.hessian() for group in accumulate(layer, linears, calls, 0) for name in group.names}
+        for record in model.arb_report.matrices:
+            weight = layer.get_submodule(record.kind).weight
+            stored = model.get_submodule(record.name).binary_weight().dequantize()
+            expected = output_error(weight - stored, weight, hessians[record.kind])
+            assert record.solve.output_error == pytest.approx(expected, rel=1e-4)
+            change = (weight - stored).square().sum() / weight.square().sum()
+            assert record.solve.weight_error == pytest.approx(change.item(), rel=1e-4)
+
+
+def test_too_few_batches_are_warned_of(tmp_path, caplog):
+    tiny.save_model(tmp_path, layers=1)
+    model = tiny.binarize(tmp_path, refinement="full", tune_steps=2, dataset=token_samples(1), num_samples=1)
+    assert "nothing is tuned: a process has a single batch" in caplog.text
+    assert not model.arb_report.tuned
 
 
 def test_published_modules_among_others_are_not_tuned(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArbCalibrationError
 from ..nn import BinaryExperts
+from ..nn.experts import find_stacks
 from .capture import LayerCalls, run_layer
 
 # X^T X is symmetric: panels of its columns, each without the part above, save nearly half of the work.
@@ -229,6 +230,11 @@ def expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
         elif isinstance(module, nn.ModuleList) and "expert" in name.rpartition(".")[2]:
             lists.append(list(module))
     return lists
+
+
+def has_experts(layer: nn.Module) -> bool:
+    """Does a decoder layer choose experts for its tokens? They may be taken apart, in a list, or still in stacks."""
+    return bool(expert_lists(layer)) or any(find_stacks(module) is not None for module in layer.modules())
 
 
 @contextlib.contextmanager

@@ -74,13 +74,18 @@ class Plan:
 
 
 def make_plan(
-    model: PreTrainedModel, matrices: Sequence[Matrix], batches: Sequence[Batch], config: ArbConfig, processes: int
+    model: PreTrainedModel,
+    matrices: Sequence[Matrix],
+    batches: Sequence[Batch],
+    config: ArbConfig,
+    processes: int,
+    tuned: bool,
 ) -> Plan:
-    """The plan of a run of which this process has ``batches``."""
+    """The plan of a run of which this process has ``batches``; ``tuned``: layers are tuned after they are binarized."""
     tokens = sum(batch.input_ids.numel() + 64 for batch in batches)
     embedding = next(iter(model.get_input_embeddings().parameters()))
     hidden = getattr(model.config.get_text_config(), "hidden_size", embedding.shape[-1])
-    followed = 2 if config.tune_steps else 1  # hidden states of the binarized model, and of the full-precision one
+    followed = 2 if tuned else 1  # hidden states of the binarized model, and of the full-precision one
     activations = int(tokens * hidden * model.dtype.itemsize) * followed
     packed = sum(_packed_bytes(matrix, config) for matrix in matrices)
     layers: dict[int, list[Matrix]] = {}
@@ -94,7 +99,7 @@ def make_plan(
         packed=packed,
         activations=activations,
         spooled=activations > memory_budget(processes),
-        working=max(_working_bytes(layer, model.dtype.itemsize, config.tune_steps > 0) for layer in layers.values()),
+        working=max(_working_bytes(layer, model.dtype.itemsize, tuned) for layer in layers.values()),
         checkpoint=packed if config.checkpoint_dir else 0,
     )
 

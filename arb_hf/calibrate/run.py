@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import native
-from ..binarize import SolveRecord
+from ..binarize import BinaryWeight, SolveRecord
 from ..config import ArbConfig
-from ..coverage import Coverage
+from ..coverage import Coverage, Matrix
 from ..errors import ArbCalibrationError
 from ..nn import BinaryLinear
 from ..nn.linears import expose_linears
@@ -33,13 +33,13 @@ from .checkpoint import LayerStore, changed_tensors, explained_stops, fingerprin
 from .data import Batch, load_batches, load_tokenizer
 from .decoder import find_decoder_layers, survey
 from .distributed import Processes, Results
-from .hessians import expert_lists
+from .hessians import has_experts
 from .matrices import binarize_matrices, require_finite
 from .offload import fetch_outside, on_device
 from .plan import check_plan, make_plan, spool_folder
 from .spool import Spool, updated
 from .stages import Stages
-from .tune import tune_layer
+from .tune import output_errors, tune_layer
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
@@ -55,6 +55,7 @@ class Run:
         device: where a decoder layer is while it is worked on.
         store: finished layers, in the leading process of a run with ``checkpoint_dir``.
         calls: this process's calibration batches, before the layer at work.
+        tunable: decoder layers that are tuned after they are binarized.
     """
 
     model: PreTrainedModel
@@ -67,6 +68,7 @@ class Run:
     clock: Stages
     store: LayerStore | None = None
     calls: list[LayerCalls] = field(default_factory=list)
+    tunable: frozenset[int] = frozenset()
 
     def inner(self, index: int, name: str) -> str:
         """A module's name within its decoder layer."""
@@ -122,7 +124,7 @@ def binarize_model(
         with run.clock("capture"):
             fetch_outside(model, layers)
             calls = capture(model, layers, batches)
-            if config.tune_steps:
+            if run.tunable:
                 calls = (dataclasses.replace(call, reference=call.hidden) for call in calls)
             run.calls = [spool.keep(call) for call in calls]
         called = sorted(run.calls[0].arguments)
@@ -171,12 +173,38 @@ def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.Exi
         run.store = LayerStore(config.checkpoint_dir, identity)
         stack.callback(run.store.close)
     matrices = [each for each in run.coverage.matrices if each.kept is None]
-    plan = make_plan(run.model, matrices, batches, config, processes.count)
+    run.tunable = _tunable(run, matrices, len(everything) // processes.count)
+    plan = make_plan(run.model, matrices, batches, config, processes.count, bool(run.tunable))
     finished = 0 if run.store is None else len(run.store.finished()) / len(run.layers)
     check_plan(plan, config, finished, processes.count, run.device)
     if finished:
         logger.info("resuming: %s", run.how_to_resume())
     return Spool(plan.spool, spool_folder(config)), batches
+
+
+def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[int]:
+    """The decoder layers to tune: those with matrices refined by "full" and without experts.
+
+    Args:
+        batches: of the process that has the fewest; one of them is held out.
+    """
+    if not run.config.tune_steps:
+        return frozenset()
+    full = {each.layer for each in matrices if run.config.options(each.name).refinement == "full"}
+    left_out = {index for index in full if has_experts(run.layers[index])}
+    if left_out:
+        logger.warning(
+            "%d of %d decoder layers are not tuned: which experts a token goes to is no matter of gradients",
+            len(left_out),
+            len(full),
+        )
+    if batches < 2:
+        logger.warning(
+            "nothing is tuned: a process has a single batch of calibration data, and one is held out. "
+            "Lower batch_size or raise num_samples, or set tune_steps=0"
+        )
+        return frozenset()
+    return frozenset(full - left_out)
 
 
 def _surroundings(run: Run, report: ArbReport) -> dict[str, Any]:
@@ -242,7 +270,7 @@ def binarize_layer(run: Run, index: int) -> Records:
     """Bring one decoder layer to the device, binarize it (or take it from the store), and pass its outputs on."""
     layer = run.layers[index]
     with on_device(layer, run.device):
-        if run.config.tune_steps:
+        if any(index <= each for each in run.tunable):
             with run.clock("recompute"):
                 run.processes.together(lambda: _follow(run, index))
         linears = run.linears(index)
@@ -289,22 +317,31 @@ def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict
 def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
     """Tune the layer where that is asked for; the tuned weights take the places of those in ``results``."""
     layer, config = run.layers[index], run.config
-    names = [name for name in results if config.options(name).refinement == "full"]
-    if not config.tune_steps or not names:
-        return []
-    if expert_lists(layer):
-        logger.info("decoder layer %d is not tuned: which experts a token goes to is no matter of gradients", index + 1)
+    names = {run.inner(index, name): name for name in results if config.options(name).refinement == "full"}
+    if index not in run.tunable or not names:
         return []
     elsewhere = {id(each) for other in run.layers if other is not layer for each in other.parameters()}
-    weights = {run.inner(index, name): results[name][0] for name in names}
+    weights = {inner: results[name][0] for inner, name in names.items()}
+    others = {run.inner(index, name): results[name][0] for name in results if name not in names.values()}
+    fixed = {inner: weight.rounded().dequantize() for inner, weight in others.items()}
     with run.clock("tune"):
         weights, record = tune_layer(
-            layer, weights, run.calls, index, config.tune_steps, config.seed + index, run.processes, elsewhere
+            layer, weights, run.calls, index, config.tune_steps, config.seed + index, run.processes, elsewhere, fixed
         )
-    for name in names:
-        results[name] = weights[run.inner(index, name)], *results[name][1:]
+        if record.after < record.before:
+            errors = output_errors(layer, weights, run.calls, index, run.processes)
+            for inner, name in names.items():
+                _, solve, group = results[name]
+                results[name] = weights[inner], _after_tuning(solve, layer, inner, weights[inner], errors[inner]), group
     logger.info("decoder layer %d: held-out loss %.5f, tuned %.5f", index + 1, record.before, record.after)
     return [record]
+
+
+def _after_tuning(solve: SolveRecord, layer: nn.Module, name: str, weight: BinaryWeight, error: float) -> SolveRecord:
+    """The record of a matrix with the errors of its tuned weight."""
+    dense, stored = layer.get_parameter(f"{name}.weight").float(), weight.rounded().dequantize()
+    weight_error = ((dense - stored).square().sum() / dense.square().sum()).item()
+    return dataclasses.replace(solve, output_error=None if solve.data_free else error, weight_error=weight_error)
 
 
 def _restore(

@@ -7,6 +7,7 @@ place, so that a layer also makes up for the drift of those before it. The forma
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -59,6 +60,7 @@ def tune_layer(
     seed: int,
     processes: Processes,
     elsewhere: Collection[int] = (),
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, BinaryWeight], TuneRecord]:
     """Tune the binary weights of a decoder layer, and its norms in place.
 
@@ -71,6 +73,7 @@ def tune_layer(
         steps: of gradient, about ``STEP_TOKENS`` tokens each.
         seed: of the order of the batches; the global random state is not touched.
         elsewhere: ids of parameters that other layers use too: they stay.
+        fixed: dense weights ``[n, m]`` of linears that are binarized too and not tuned, by name.
 
     Returns:
         The weights with the lowest held-out loss of those measured on the way, the given ones among them, on all
@@ -82,7 +85,7 @@ def tune_layer(
     norms = {name: _Norm.of(each) for name, each in _vectors(layer) if id(each) not in elsewhere}
 
     def parameters(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        matrices = {f"{name}.weight": value for name, value in dense.items()}
+        matrices = {f"{name}.weight": value for name, value in {**(fixed or {}), **dense}.items()}
         found = matrices | {name: norm.value() for name, norm in norms.items()}
         return {name: value.to(layer.get_parameter(name).dtype) for name, value in found.items()}
 
@@ -144,6 +147,39 @@ def best_alone(
     return found
 
 
+def output_errors(
+    layer: nn.Module, weights: Mapping[str, BinaryWeight], calls: Sequence[LayerCalls], index: int, processes: Processes
+) -> dict[str, float]:
+    """Relative output error ``|X (W - Q)^T|^2 / |X W^T|^2`` of each weight as stored, over all tokens but padding.
+
+    ``X`` are the inputs in a layer whose linears are in full precision and whose norms are as they are now: this is
+    ``tr(dW H dW^T) / tr(W H W^T)``, with H behind tuned norms. 0 where no token came.
+    """
+    errors = {
+        name: layer.get_parameter(f"{name}.weight").float() - weight.rounded().dequantize()
+        for name, weight in weights.items()
+    }
+    sums = {name: torch.zeros(2, dtype=torch.float64, device=error.device) for name, error in errors.items()}
+    mask: Tensor | None = None
+
+    def add(name: str, module: nn.Linear, args: tuple[Tensor, ...], out: Tensor) -> None:
+        wanted = unpadded(out if module.bias is None else out - module.bias, mask).float()
+        change = unpadded(args[0], mask).float() @ errors[name].T
+        for place, each in enumerate((change, wanted)):
+            sums[name][place] += each.square().sum(dtype=torch.float64)
+
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for name in errors:
+            handle = layer.get_submodule(name).register_forward_hook(functools.partial(add, name))
+            hooks.callback(handle.remove)
+        for call in calls:
+            mask = call.mask
+            run_layer(layer, call, index)
+    for each in sums.values():
+        processes.average(each)
+    return {name: (each[0] / each[1]).item() if each[1] > 0 else 0.0 for name, each in sums.items()}
+
+
 def token_errors(out: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
     """Sum over tokens of ``e / (e + |target|^2)`` with ``e = |out - target|^2``, and their number; padding apart.
 
@@ -175,16 +211,23 @@ def _held_out_loss(
 
 def _backward(layer: nn.Module, batches: Sequence[LayerCalls], index: int, given: dict[str, Tensor]) -> None:
     """Gradients of the mean loss over several batches, one batch at a time; then through what made ``given``."""
-    leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
+    values = {name: value.detach().requires_grad_(value.requires_grad) for name, value in given.items()}
+    leaves = {name: value for name, value in values.items() if value.requires_grad}
+    sums: dict[str, Tensor] = {}  # in float32: what float16 loses of a batch it would lose of the sum once more
     tokens = 0
     for call in batches:
-        total, count = _errors(layer, call, index, leaves)
-        if total.requires_grad:  # not so in layers whose kernels have no gradients
-            total.backward()
+        total, count = _errors(layer, call, index, values)
         tokens += count
-    gradients = {name: leaf.grad / max(tokens, 1) for name, leaf in leaves.items() if leaf.grad is not None}
-    if gradients:
-        torch.autograd.backward([given[name] for name in gradients], list(gradients.values()))
+        if not total.requires_grad:  # layers whose kernels have no gradients
+            continue
+        # Not total.backward(), which would leave gradients on the parameters that the layer keeps.
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                sums[name] = sums[name].add_(gradient) if name in sums else gradient.float()
+    if sums:
+        gradients = [(each / max(tokens, 1)).to(given[name].dtype) for name, each in sums.items()]
+        torch.autograd.backward([given[name] for name in sums], gradients)
 
 
 class _Descent:
@@ -235,4 +278,4 @@ def _replace(layer: nn.Module, name: str, value: Tensor) -> None:
     """A new parameter in the place of another, whose memory may be the checkpoint's."""
     path, _, key = name.rpartition(".")
     old = layer.get_parameter(name)
-    setattr(layer.get_submodule(path), key, nn.Parameter(value.to(old.dtype), requires_grad=False))
+    setattr(layer.get_submodule(path), key, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
