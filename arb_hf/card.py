@@ -23,6 +23,7 @@ METHOD_NAMES = {
     "arb": "ARB: alternating row scales and means",
     "billm": "BiLLM: row scales and means, not refined",
 }
+FULL_NAME = "{}, chosen and refined by what they do to each layer's outputs, beyond the paper"
 # Said elsewhere in the card, or of no use to its reader.
 HIDDEN_OPTIONS = (
     "quant_method",
@@ -120,7 +121,7 @@ def _sizes(summary: dict[str, Any]) -> dict[str, Any]:
     binary, kept = summary["binary"], summary["kept"]
     options = summary["options"]
     return {
-        "method_name": METHOD_NAMES.get(options.get("method"), options.get("method")),
+        "method_name": _method_name(options),
         "options": [
             (name, value) for name, value in options.items() if value is not None and name not in HIDDEN_OPTIONS
         ],
@@ -134,9 +135,17 @@ def _sizes(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _method_name(options: dict[str, Any]) -> str:
+    method = options.get("method")
+    if options.get("refinement") == "full":  # keeps of the method what is stored
+        return FULL_NAME.format("row and column scales" if method == "arb-rc" else "row scales and means")
+    return METHOD_NAMES.get(str(method), str(method))
+
+
 def _run(report: ArbReport | None) -> dict[str, Any]:
     if report is None:
         return {"report": None, "measurements": []}
+    tuned = [each for each in report.tuned if each.steps]
     return {
         "report": report,
         "measurements": [
@@ -155,6 +164,10 @@ def _run(report: ArbReport | None) -> dict[str, Any]:
         "dataset": report.config.get("dataset"),
         "seconds": f"{report.seconds:,.0f}",
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "tuned": len(tuned),
+        "tuned_before": f"{sum(each.before for each in tuned) / max(len(tuned), 1):.4f}",
+        "tuned_after": f"{sum(each.after for each in tuned) / max(len(tuned), 1):.4f}",
+        "layers": len({each.layer for each in report.matrices}),
         "data_free": sum(each.solve.data_free for each in report.matrices),
     }
 

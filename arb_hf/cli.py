@@ -51,8 +51,7 @@ def quantize(args: argparse.Namespace) -> Said:
         config = ArbConfig(**options)
     except ValueError as error:
         args.usage_error(str(error))
-    if (out / "config.json").exists():
-        args.usage_error(f"{out} holds a model already; name another folder, or remove it")
+    _refuse_existing(args, out)
     _refuse_quantized(args.model)
     _require_writable(out, args.model)
     tokenizer = _tokenizer(args.model)
@@ -153,12 +152,14 @@ def push(args: argparse.Namespace) -> Said:
 
 
 def export(args: argparse.Namespace) -> Said:
-    """``arb-hf export``: says what is lost."""
+    """``arb-hf export``: says what is lost. A folder that holds a model is not written to."""
+    dtype = _dtype(args)
+    _refuse_existing(args, Path(args.out))
     with _naming(args.model):
         model = from_pretrained(args.model, dtype=torch.float32)
     tokenizer = _tokenizer(args.model)
     if args.to == "dense":
-        result = export_dense(model, tokenizer, args.out, _dtype(args))
+        result = export_dense(model, tokenizer, args.out, dtype)
     else:
         result = export_gguf(model, _need(tokenizer, args.model), args.out, args.type, args.pre_tokenizer)
     return vars(result), str(result)
@@ -208,6 +209,11 @@ def _dtype(args: argparse.Namespace) -> Any:
     if args.dtype not in DTYPES:
         args.usage_error(f"--dtype {args.dtype} is not one of {', '.join(DTYPES)}")
     return args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def _refuse_existing(args: argparse.Namespace, out: Path) -> None:
+    if (out / "config.json").exists():
+        args.usage_error(f"{out} holds a model already; name another folder, or remove it")
 
 
 def _load(model: str, dtype: Any, device_map: str | None, **kwargs: Any) -> PreTrainedModel:

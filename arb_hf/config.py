@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
+import inspect
 import os
 import sys
 import warnings
@@ -45,11 +47,14 @@ class ArbConfig(QuantizationConfigMixin):
         block_size: columns that share one row scale, a multiple of 32.
         column_group_bitmap: two magnitude groups for salient columns too. No effect with ``group_bitmap=False``.
         group_bitmap: two magnitude groups per row and block; False: one group, about 1.3 bits per weight.
-        iterations: rounds of alternating refinement (the paper's 15).
+        iterations: rounds of alternating refinement (the paper's 15); ``refinement="full"`` has no such rounds.
         salient_metric: rank columns by ``"hessian"`` saliency or by weight ``"magnitude"``.
-        max_salient_columns: salient columns per block stay below this number.
+        max_salient_columns: salient columns per block stay below this number; with ``refinement="full"``, which chooses
+            them over the whole matrix, they are at most so many per block on average.
         damping: added to H's diagonal, as a fraction of its mean.
-        refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README.
+        refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README. Of ``method``
+            it keeps what is stored, row and column scales or row scales and means; ``"arb-x"``, ``"arb"`` and
+            ``"billm"`` are then one.
         tune_steps: steps of gradient by which each decoder layer is tuned after it is binarized, 0 for none. Needs
             ``refinement="full"``, whose default is 32; ``"paper"`` is never tuned. Layers with experts are left out.
         dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``) or a path (.txt, .raw, .jsonl,
@@ -73,6 +78,7 @@ class ArbConfig(QuantizationConfigMixin):
         modules: what was binarized and how; set by a run, read when a packed model is loaded.
 
     Raises:
+        TypeError: there is no such option.
         ValueError: an option has a value that is not allowed; the message names all three.
     """
 
@@ -128,16 +134,17 @@ class ArbConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.modules = modules
         if kwargs:
-            unknown = ", ".join(sorted(map(str, kwargs)))
-            warnings.warn(f"ArbConfig does not know {unknown}: ignored (written by a newer arb_hf?)", stacklevel=2)
+            near = {name: difflib.get_close_matches(name, vars(self), 1) for name in sorted(kwargs)}
+            named = ", ".join(name + (f" (did you mean {like[0]}?)" if like else "") for name, like in near.items())
+            raise TypeError(f"ArbConfig does not know {named}")
         self._validate()
         if not self.group_bitmap:
             self.column_group_bitmap = False
 
     def _validate(self) -> None:
         self._one_of("quant_method", (QUANT_METHOD,))
-        for option, names in CHOICES.items():
-            self._one_of(option, names)
+        for option, allowed in CHOICES.items():
+            self._one_of(option, allowed)
         self._integer("block_size", WORD, MAX_BLOCK_SIZE)
         if self.block_size % WORD:
             self._refuse("block_size", f"a multiple of {WORD}")
@@ -256,20 +263,11 @@ class ArbConfig(QuantizationConfigMixin):
         assert self.modules is not None
         entry = self.modules[name]
         options = dataclasses.replace(self.options(), **{key: entry[key] for key in FORM_OPTIONS if key in entry})
-        return BinaryForm(
-            out_features=out_features,
-            in_features=in_features,
-            salient_columns=entry["salient_columns"],
-            block_size=options.block_size,
-            groups=2 if options.group_bitmap else 1,
-            salient_groups=2 if options.group_bitmap and options.column_group_bitmap else 1,
-            has_column_scales=options.has_column_scales,
-            scale_dtype=options.scale_dtype,
-        )
+        return options.form(out_features, in_features, entry["salient_columns"])
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """From what :meth:`to_dict` gave, or a stranger's ``config.json``.
+        """From what :meth:`to_dict` gave, or a stranger's ``config.json``; options of a newer version are left out.
 
         Raises:
             ArbFormatError: it lacks what a config has, or an option has a value that is not allowed.
@@ -280,6 +278,13 @@ class ArbConfig(QuantizationConfigMixin):
                 f"config.json: format_version {version} is newer than {FORMAT_VERSION}, the newest this arb_hf reads: "
                 "pip install --upgrade arb_hf"
             )
+        known = inspect.signature(cls).parameters
+        unknown = ", ".join(sorted(str(name) for name in config_dict if name not in known and name != "quant_method"))
+        if unknown:
+            warnings.warn(f"ArbConfig does not know {unknown}: ignored (written by a newer arb_hf?)", stacklevel=2)
+            config_dict = {
+                name: value for name, value in config_dict.items() if name in known or name == "quant_method"
+            }
         try:
             return super().from_dict(config_dict, *args, **kwargs)
         except (ValueError, TypeError) as error:

@@ -73,8 +73,12 @@ def evaluation_windows(
     """The windows that :func:`perplexity` measures, int64 ``[windows, sequence_length]``: for use with several models.
 
     Raises:
-        ValueError: less text than one window, or a window of less than two tokens.
+        ValueError: less text than one window, a window of less than two tokens, or no windows.
     """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length}: a window needs two tokens, one to predict the other from")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows={max_windows}: at least one window is needed, or None for all")
     tokens = tokenizer_or_tokens
     if not isinstance(tokens, Tensor):
         tokens = tokenize(read_text(text, tokens, split="test"), tokens)

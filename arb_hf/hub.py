@@ -178,7 +178,9 @@ def write_card(
 
     Args:
         repo_id, base_model: as for :func:`save_pretrained`.
-        metadata: of the original's card, for licence and languages; what an earlier card here names stays.
+        metadata: of the original's card, for licence and languages.
+
+    What an earlier card here names, and this call does not, stays: the original, its licence, languages.
 
     Raises:
         ValueError: the folder holds no packed model.
@@ -195,6 +197,7 @@ def write_card(
         except ImportError:
             logger.info("no plot in the model card: matplotlib is not installed")
     earlier = _metadata(folder) if readme.exists() else {}
+    base_model = base_model or earlier.get("base_model")
     readme.write_text(str(model_card(folder, repo_id, base_model, earlier | (metadata or {}))), encoding="utf-8")
     return True
 

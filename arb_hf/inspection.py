@@ -56,4 +56,4 @@ def _line(kind: str, count: int | str, weights: int, bits: int) -> str:
 def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """In place: back to dense ``nn.Linear`` layers in the model's dtype, for export or comparison; returns it."""
     quantizer = getattr(model, "hf_quantizer", None)
-    return replace_by_dense(model, model.dtype) if quantizer is None else quantizer.dequantize(model)
+    return replace_by_dense(model, model.dtype) if quantizer is None else quantizer.dequantize(model, dtype=model.dtype)

@@ -91,6 +91,7 @@ def test_quantize_speaks_json_and_flags(other, here, capsys):
         (["--block-size", "100"], "block_size=100 is not allowed"),
         (["--block-size", "many"], "invalid int value"),
         (["--dtype", "float8"], "--dtype float8 is not one of"),
+        (["--overrides", "{bad"], "argument --overrides: not JSON (Expecting property name"),
     ],
 )
 def test_wrong_options_end_with_2_before_anything_is_loaded(here, options, message, capsys, monkeypatch):
@@ -276,6 +277,17 @@ def test_export_says_what_was_lost(packed, here, capsys):
     assert result["matrices"] == {"bfloat16": 14}
     assert 0 < result["rounding"] < 0.01
     AutoModelForCausalLM.from_pretrained(here / "exported")
+    for out in (packed, here / "exported"):
+        with pytest.raises(SystemExit) as caught:
+            main(["export", str(packed), str(out), "--to", "dense"])
+        assert caught.value.code == 2
+        assert f"{out} holds a model already" in capsys.readouterr().err
+
+
+def test_measuring_again_keeps_the_name_of_the_original(packed, here):
+    measure = ["evaluate", str(packed), "--text", str(here / "text.txt"), "--eval-length", "32", "--save"]
+    assert main(measure) == 0
+    assert "base_model: me/dense" in (packed / "README.md").read_text()
 
 
 def test_progress_in_a_log_file_is_dated_lines(here, capfd):

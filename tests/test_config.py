@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 from datasets import Dataset
@@ -87,7 +88,13 @@ def test_deepcopy_shares_data_and_copies_the_rest():
     assert twin.to_dict() == config.to_dict()
 
 
-def test_unknown_keys_warn():
+@pytest.mark.parametrize(("option", "meant"), [("refinment", " (did you mean refinement?)"), ("zzz", "")])
+def test_an_option_that_is_none_is_refused(option, meant):
+    with pytest.raises(TypeError, match=re.escape(f"ArbConfig does not know {option}{meant}") + "$"):
+        ArbConfig(**{option: "full"})
+
+
+def test_options_of_a_newer_version_warn():
     with pytest.warns(UserWarning, match="ArbConfig does not know future_option"):
         config = ArbConfig.from_dict({"method": "arb", "future_option": 1})
     assert config.method == "arb"

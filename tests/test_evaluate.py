@@ -37,6 +37,14 @@ def model(packed):
     return arb_hf.from_pretrained(packed)
 
 
+@pytest.mark.parametrize(
+    "size", [{"sequence_length": 0}, {"sequence_length": -5}, {"max_windows": 0}, {"max_windows": -1}]
+)
+def test_sizes_of_nothing_are_refused(size):
+    with pytest.raises(ValueError, match=next(iter(size))):
+        evaluation_windows(torch.arange(100), **({"sequence_length": 10} | size))
+
+
 def test_perplexity_is_that_of_the_models_own_loss(model):
     windows = byte_tokens(5, 24, seed=3)
     with torch.no_grad():

@@ -191,6 +191,12 @@ def test_dequantize_gives_dense_layers_with_the_same_outputs(packed):
     assert not hasattr(model.config, "quantization_config")
 
 
+def test_dequantize_gives_the_type_the_model_is_in(packed):
+    model = arb_hf.dequantize(arb_hf.from_pretrained(packed[1], dtype=torch.float32).to(torch.bfloat16))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(IDS).logits.isfinite().all()
+
+
 def test_nothing_of_the_makers_disk_is_stored(tiny_model, tmp_path):
     (tmp_path / "secret").mkdir()
     path = tmp_path / "secret" / "text.txt"

@@ -1,4 +1,4 @@
-"""ARB: alternating refined binarization (ARB-LLM section 3.2, equations 4-8; ALGORITHM 4.2, 4.3)."""
+"""ARB: alternating refined binarization (ARB-LLM section 3.2, equations 4-8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BiLLM (Huang et al., ICML 2024): plain residual binarization of every group (ALGORITHM 4.1)."""
+"""BiLLM (arXiv 2402.04291): plain residual binarization of every group."""
 
 from __future__ import annotations
 

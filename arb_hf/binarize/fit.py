@@ -52,7 +52,7 @@ def row_mean(values: Tensor, member: Tensor, count: Tensor) -> Tensor:
 
 
 def binarize_residual(values: Tensor, member: Tensor, order: int) -> Fit:
-    """BiLLM's residual binarization of one group: ``order`` rounds of mean, mean deviation, sign (ALGORITHM 3.2)."""
+    """BiLLM's residual binarization of one group: ``order`` rounds of mean, mean deviation, sign."""
     count = member.sum(1)
     residual, mean = values, torch.zeros_like(count)
     signs, rows = [], []

@@ -40,7 +40,7 @@ def output_error(difference: Tensor, weight: Tensor, hessian: Tensor) -> float:
 
 
 def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.device | None = None) -> HessianFactor:
-    """Dead columns, damping and the factor U of the inverse (ALGORITHM 2.1-2.3).
+    """Dead columns, damping and the factor U of the inverse (GPTQ, arXiv 2210.17323, "Cholesky reformulation").
 
     A Hessian that stays indefinite under ``damping`` climbs a ladder of stronger dampings; when none helps, the
     data-free fallback is the identity: every column counts alike and no error is carried on.
@@ -65,7 +65,7 @@ def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.d
 
 
 def damped(hessian: Tensor, dead: Tensor, relative: float) -> Tensor:
-    """H with ones on the diagonal of dead columns and ``relative`` times its mean added to all of it (ALGORITHM 2.1-2.2)."""
+    """H with ones on the diagonal of dead columns and ``relative`` times its mean added to all of it."""
     matrix = hessian.clone()
     diagonal = matrix.diagonal()
     diagonal += dead.to(matrix.dtype)

@@ -1,4 +1,4 @@
-"""Which columns of a block are salient, and which weights fall in which group (ALGORITHM 3).
+"""Which columns of a block are salient, and which weights fall in which group (BiLLM, arXiv 2402.04291, sections 3.1-3.2).
 
 Everything here looks only at the metric ``T [n, k]`` of a block: signed weights (magnitude metric) or OBS saliencies
 (hessian metric). Candidates are judged by plain residual binarization of T, as the published search does: of the
@@ -26,12 +26,12 @@ class Partition:
 
 
 def saliency(values: Tensor, diagonal: Tensor, metric: str) -> Tensor:
-    """T: the weights themselves, or ``w^2 / [(H_j:,j:)^-1]_jj``, the OBS saliency (ALGORITHM 3.1)."""
+    """T: the weights themselves, or ``w^2 / [(H_j:,j:)^-1]_jj``, the OBS saliency."""
     return values if metric == "magnitude" else values.square() / diagonal.square()
 
 
 def find_salient_columns(metric: Tensor, limit: int) -> Tensor:
-    """The 1 to ``limit - 1`` columns whose second sign lowers the error of T most (ALGORITHM 3.3): bool ``[k]``.
+    """The 1 to ``limit - 1`` columns whose second sign lowers the error of T most: bool ``[k]``.
 
     A block of a single column has none.
     """
@@ -50,7 +50,7 @@ def first_smallest(errors: Tensor, metric: Tensor) -> int:
 
 
 def quantiles(magnitudes: Tensor) -> Tensor:
-    """The candidate thresholds: 81 quantiles of a value set, linearly interpolated (ALGORITHM 3.4)."""
+    """The candidate thresholds: 81 quantiles of a value set, linearly interpolated."""
     values = magnitudes.flatten()
     ordered = native.sort_magnitudes(values) if native.usable(values) else values.sort().values
     position = torch.linspace(0.10, 0.90, THRESHOLDS, dtype=torch.float64) * (ordered.numel() - 1)

@@ -1,4 +1,4 @@
-"""ARB-RC: row and column scales, no mean (ARB-LLM section 3.4; ALGORITHM 6)."""
+"""ARB-RC: row and column scales, no mean (ARB-LLM section 3.4)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fit(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
 
 
 def _start(residual: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row scales: mean magnitudes; column scales: mean of magnitudes over the row scale; signs (ALGORITHM 6.1)."""
+    """Row scales: mean magnitudes; column scales: mean of magnitudes over the row scale; signs."""
     magnitude = residual.abs() * member
     rows = magnitude.sum(1) / member.sum(1).clamp(min=1)
     positive = rows > 0

@@ -316,7 +316,7 @@ def round_scales(block: CodedBlock) -> CodedBlock:
 
 
 def exact_compensation(difference: Tensor, upper: Tensor, coupling: Tensor) -> Tensor:
-    """What the later columns must take over of a block's error so that least of it reaches the output (ALGORITHM 2.5).
+    """What the later columns must take over of a block's error so that least of it reaches the output.
 
     Args:
         difference: ``[k, n]``, V - Q of the block.

@@ -1,6 +1,6 @@
 """Errors of all candidate partitions of a block: how many columns are salient, which threshold splits the groups.
 
-A candidate is judged by plain residual binarization (ALGORITHM 3.2) of the metric ``T [n, c]``: values of a group
+A candidate is judged by plain residual binarization (BiLLM) of the metric ``T [n, c]``: values of a group
 become ``mean +- mean deviation``, in one or two rounds. With the mean ``mu`` and the deviation ``D = sum |w - mu|`` of
 n values the error of a round is ``sum w^2 - n mu^2 - D^2 / n``, less ``(D / n)^2`` for each value equal to its mean,
 whose sign is 0. In sorted rows D follows from prefix sums. All functions return float64 errors, one a candidate.
@@ -82,7 +82,7 @@ def split_errors(metric: Tensor, thresholds: Tensor, order: int) -> Tensor:
 
 
 def output_errors(metric: Tensor, thresholds: Tensor, ordinary: Tensor, rest: Tensor, second_moment: Tensor) -> Tensor:
-    """Output error under S of first-order binarization of both groups, per threshold (ARB-X, ALGORITHM 3.5).
+    """Output error under S of first-order binarization of both groups, per threshold (ARB-X).
 
     Args:
         metric: T of the ordinary columns, ``[n, k]``.

@@ -1,4 +1,4 @@
-"""One matrix: column blocks left to right, each partitioned, binarized and its error carried on (ALGORITHM 2)."""
+"""One matrix: column blocks left to right, each partitioned, binarized and its error carried on."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def solve(weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options
 def _binarize_published(
     weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions
 ) -> BinaryWeight:
-    """The driver of ALGORITHM 2.4, published form: the error of a whole block goes to the blocks after it."""
+    """The published driver: the error of a whole block goes to the blocks after it."""
     n, m = weight.shape
     remaining = weight.clone()
     remaining[:, factor.dead] = 0
@@ -143,7 +143,7 @@ def _binarize_published(
 
 
 def _second_moment(hessian: Tensor | None, columns: slice, factor: HessianFactor) -> Tensor:
-    """S of a block, ``H_raw / 2`` (ALGORITHM 1.4), in units like the weights; the identity without data."""
+    """S of a block, ``H_raw / 2``, in units like the weights; the identity without data."""
     if hessian is None or factor.data_free:
         return torch.eye(columns.stop - columns.start, device=factor.upper.device)
     return in_units(hessian[columns, columns])[0]

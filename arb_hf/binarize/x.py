@@ -1,4 +1,4 @@
-"""ARB-X: ARB, then means and scales refitted to the layer's output (ARB-LLM section 3.3; ALGORITHM 5).
+"""ARB-X: ARB, then means and scales refitted to the layer's output (ARB-LLM section 3.3).
 
 The paper sums over calibration tokens; with ``S = sum_s X_s^T X_s / N`` every sum is a quadratic form of S, so only
 matrix products ``[n, k] @ [k, k]`` are needed.

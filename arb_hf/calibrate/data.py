@@ -153,6 +153,10 @@ def _texts(data: Any, render_chat: Callable[[Any], str], split: str) -> list[str
         raise ArbCalibrationError("no calibration data: pass dataset= a name, a path, a list or a datasets.Dataset")
     if isinstance(data, str | os.PathLike):
         data = _read(os.fspath(data), split)
+    if isinstance(data, Mapping):
+        raise ArbCalibrationError(
+            f"the data are a mapping with {', '.join(map(repr, list(data)[:5]))}: pass one part of it, as in data['train']"
+        )
     rows = data if isinstance(data, list) else list(data)
     return [_text(row, render_chat) for row in rows]
 

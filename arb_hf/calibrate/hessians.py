@@ -75,7 +75,7 @@ class InputGroup:
         return max(self.inputs - self.tokens, 0) if self.lent.tokens else 0
 
     def hessian(self) -> Tensor | None:
-        """``(2 / N) * sum_s X_s^T X_s`` (ALGORITHM 1.3); None if no calibration token came by.
+        """``(2 / N) * sum_s X_s^T X_s``, as GPTQ has it (arXiv 2210.17323, section 3); None if no calibration token came by.
 
         With fewer own tokens than inputs the sum has no full rank. It is then shrunk towards the lent tokens: as many
         of these are added, at their average, as are missing. Without own tokens it is their average alone.

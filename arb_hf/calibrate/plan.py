@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
-from ..form import BinaryForm
 from .data import Batch
 from .spool import memory_budget
 
@@ -160,17 +159,8 @@ def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
     options = config.options(matrix.name)
     starts = range(0, matrix.in_features, options.block_size)
     widths = [min(options.block_size, matrix.in_features - start) for start in starts]
-    form = BinaryForm(
-        out_features=matrix.weights // matrix.in_features,
-        in_features=matrix.in_features,
-        salient_columns=sum(min(options.max_salient_columns, width) for width in widths),
-        block_size=options.block_size,
-        groups=2 if options.group_bitmap else 1,
-        salient_groups=2 if options.group_bitmap and options.column_group_bitmap else 1,
-        has_column_scales=options.has_column_scales,
-        scale_dtype=options.scale_dtype,
-    )
-    return form.bits() // 8
+    most = sum(min(options.max_salient_columns, width) for width in widths)
+    return options.form(matrix.weights // matrix.in_features, matrix.in_features, most).bits() // 8
 
 
 def _working_bytes(layer: list[Matrix], itemsize: int, tuned: bool) -> int:

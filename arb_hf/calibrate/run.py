@@ -1,4 +1,4 @@
-"""Layer by layer: capture inputs, accumulate Hessians, binarize, replace, pass the outputs on (ALGORITHM 1)."""
+"""Layer by layer: capture inputs, accumulate Hessians, binarize, replace, pass the outputs on."""
 
 from __future__ import annotations
 

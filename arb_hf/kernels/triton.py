@@ -200,14 +200,14 @@ def vector_kernel(
     tl.store(y + at, total, mask=row < rows)
 
 
-@triton.autotune(configs=_MATRIX_CONFIGS, key=["rows", "columns", "tokens"])
+@triton.autotune(configs=_MATRIX_CONFIGS, key=["rows", "columns", "bucket"])
 @triton.jit
 def matrix_kernel(
     x, y, order, counts, weight, second_plane, row_parameters, salient_groups, row_absmax, column_scales, salient_column_scales,
-    rows, columns, salient_count, blocks, tokens,
+    rows, columns, salient_count, blocks, tokens, bucket,
     BLOCK: tl.constexpr, GROUPS: tl.constexpr, SALIENT_GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """``TOKENS`` tokens, ``ROWS`` rows: y ``[tokens, rows]``."""
+    """``TOKENS`` tokens, ``ROWS`` rows: y ``[tokens, rows]``. ``bucket`` is for the tuner alone."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     total = tl.zeros((TOKENS, ROWS), tl.float32)
@@ -225,14 +225,14 @@ def matrix_kernel(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (row < rows)[None, :])
 
 
-@triton.autotune(configs=_MATRIX_CONFIGS, key=["rows", "columns", "tokens"])
+@triton.autotune(configs=_MATRIX_CONFIGS, key=["rows", "columns", "bucket"])
 @triton.jit
 def transposed_kernel(
     x, y, order, counts, weight, second_plane, row_parameters, salient_groups, row_absmax, column_scales, salient_column_scales,
-    rows, columns, salient_count, blocks, tokens,
+    rows, columns, salient_count, blocks, tokens, bucket,
     BLOCK: tl.constexpr, GROUPS: tl.constexpr, SALIENT_GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """``TOKENS`` tokens, one word of columns: y ``[tokens, columns]`` from x ``[tokens, rows]``."""
+    """``TOKENS`` tokens, one word of columns: y ``[tokens, columns]`` from x ``[tokens, rows]``; else as above."""
     word = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     total = tl.zeros((TOKENS, 32), tl.float32)
@@ -270,21 +270,29 @@ def _arguments(tensors: dict[str, Tensor], form: BinaryForm, tokens: int) -> tup
     return (order, counts, *packed, *optional, *sizes), constants
 
 
+def _bucket(tokens: int) -> int:
+    """Numbers of tokens that share a tuned configuration: tuning for every new prompt length would cost seconds each."""
+    return triton.next_power_of_2(tokens)
+
+
 def linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
     """As :func:`arb_hf.kernels.reference.linear`, ``x [tokens, in_features]``."""
     x, tokens, n = x.contiguous(), x.shape[0], form.out_features
     if tokens == 0:
         return x.new_empty(0, n)
-    arguments, constants = _arguments(tensors, form, tokens)
-    if tokens <= VECTOR_TOKENS:
-        splits = min(SPLITS, -(-form.in_features // WORD))
-        parts = torch.empty(splits, tokens, n, device=x.device)
-        vector_kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]), tokens, splits)](x, parts, *arguments, **constants)
-        return parts.sum(0).to(x.dtype)
-    y = x.new_empty(tokens, n)
-    matrix_kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]), triton.cdiv(tokens, meta["TOKENS"]))](
-        x, y, *arguments, **constants
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensors'
+        arguments, constants = _arguments(tensors, form, tokens)
+        if tokens <= VECTOR_TOKENS:
+            splits = min(SPLITS, -(-form.in_features // WORD))
+            parts = torch.empty(splits, tokens, n, device=x.device)
+            vector_kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]), tokens, splits)](
+                x, parts, *arguments, **constants
+            )
+            return parts.sum(0).to(x.dtype)
+        y = x.new_empty(tokens, n)
+        matrix_kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]), triton.cdiv(tokens, meta["TOKENS"]))](
+            x, y, *arguments, _bucket(tokens), **constants
+        )
     return y
 
 
@@ -294,7 +302,10 @@ def linear_transposed(gradient: Tensor, tensors: dict[str, Tensor], form: Binary
     y = gradient.new_empty(tokens, form.in_features)
     if tokens == 0:
         return y
-    arguments, constants = _arguments(tensors, form, tokens)
     words = triton.cdiv(form.in_features, WORD)
-    transposed_kernel[lambda meta: (words, triton.cdiv(tokens, meta["TOKENS"]))](gradient, y, *arguments, **constants)
+    with torch.cuda.device_of(gradient):
+        arguments, constants = _arguments(tensors, form, tokens)
+        transposed_kernel[lambda meta: (words, triton.cdiv(tokens, meta["TOKENS"]))](
+            gradient, y, *arguments, _bucket(tokens), **constants
+        )
     return y

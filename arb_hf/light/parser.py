@@ -251,6 +251,13 @@ def argument_docs(docstring: str | None) -> dict[str, str]:
     return {name: re.sub(r"[`*]{2}", "", text) for name, text in docs.items()}
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from None
+
+
 def _kind(annotation: str) -> dict[str, Any]:
     """How argparse is to read a value of this type."""
     annotation = annotation.removesuffix(" | None")
@@ -261,5 +268,5 @@ def _kind(annotation: str) -> dict[str, Any]:
     if annotation.startswith("list[str]"):
         return {"nargs": "+", "metavar": "NAME"}
     if annotation.startswith(("dict", "Mapping")):
-        return {"type": json.loads, "metavar": "JSON"}
+        return {"type": _json, "metavar": "JSON"}
     return {"metavar": "VALUE"}
