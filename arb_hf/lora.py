@@ -170,7 +170,7 @@ def unfreeze_scales(model: nn.Module) -> list[nn.Parameter]:
         raise ValueError("this model has no binary layers")
     scaled = {name: ScaledLinear(layer) for name, layer in layers.items()}  # all are made before any is replaced
     for name, layer in scaled.items():
-        _replace(model, name, layer)
+        model.set_submodule(name, layer)
     return [parameter for layer in scaled.values() for parameter in layer.scales.values()]
 
 
@@ -183,9 +183,4 @@ def freeze_scales(model: nn.Module) -> None:
     scaled = {name: module for name, module in model.named_modules() if isinstance(module, ScaledLinear)}
     frozen = {name: layer.frozen() for name, layer in scaled.items()}
     for name, layer in frozen.items():
-        _replace(model, name, layer)
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(name, layer)

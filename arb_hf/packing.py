@@ -36,7 +36,7 @@ A set bit is a sign of +1, or the large-magnitude group. Bits past the last colu
 Slots of ``row_parameters``: scales of the ordinary groups, then for each salient group its first and second order, then
 (methods with means) the means of the ordinary groups and of the salient groups. int8 column scales are code / 127.
 
-Stored bits are those of ALGORITHM section 9 plus the padding of a plane to whole words, at most 31 columns.
+Stored bits are those of the planes, bitmaps and scales plus the padding of a plane to whole words, at most 31 columns.
 
 **What a reader checks** (:mod:`arb_hf.checkpoint`). There is little that could disagree: salient columns are a bitmap, so
 none is listed twice, and no permutation is stored. Checked are: exactly these tensors, of these types and shapes; as many

@@ -117,8 +117,7 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
                 f"config.json: {name} cannot have {form.salient_columns} salient columns of {form.in_features}"
             )
         new = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(name, new)
 
 
 def _has(model: PreTrainedModel, name: str) -> bool:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import arb_hf
 from arb_hf.binarize.hessian import HessianFactor, factorize
 from arb_hf.calibrate.capture import capture, run_layer
-from arb_hf.calibrate.data import Batch
+from arb_hf.calibrate.data import Batch, read_text, tokenize
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.evaluate import perplexity
@@ -36,8 +36,6 @@ from protocol import (
     binarize,
     calibration_tokens,
     calibration_windows,
-    read_wikitext,
-    tokenize,
 )
 
 GROUP = 128
@@ -220,14 +218,21 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    evaluation = tokenize(tokenizer, read_wikitext(arguments.data / "wiki.test.raw"))
+    evaluation = tokenize(read_text(arguments.data / "wiki.test.raw"), tokenizer)
     windows = calibration_windows(calibration_tokens(arguments.calibration, arguments.data, tokenizer), arguments.seed)
     windows = windows[: 4 if arguments.quick else None]
     count = 4 if arguments.quick else EVALUATION_WINDOWS
     rows: list[dict[str, str]] = []
+    run = f"{Path(arguments.model).name} {arguments.calibration} seed {arguments.seed}"
+    run += " quick" if arguments.quick else ""
     if arguments.csv.exists():
         with arguments.csv.open(newline="") as file:
             rows = list(csv.DictReader(file))
+        others = sorted({row.get("run", "") for row in rows} - {run})
+        if others:
+            parser.error(
+                f"{arguments.csv} holds points of another run ({others[0]}), not of ({run}): name another file"
+            )
 
     def add(family: str, name: str, bits: float, value: float, seconds: float) -> None:
         row = {
@@ -236,6 +241,7 @@ def main() -> None:
             "bits": f"{bits:.4f}",
             "perplexity": f"{value:.3f}",
             "seconds": f"{seconds:.0f}",
+            "run": run,
         }
         rows.append(row)
         with arguments.csv.open("w", newline="") as file:

@@ -70,6 +70,11 @@ def test_chat_messages_go_through_the_template():
         load(chats)
 
 
+def test_several_splits_are_refused():
+    with pytest.raises(ArbCalibrationError, match=r"a mapping with 'train', 'test': pass one part of it"):
+        load({"train": [words(40)], "test": [words(40)]})
+
+
 def test_tokens_are_taken_as_they_are():
     samples = token_samples(6, 20)
     assert torch.equal(ids_of(load(samples)), torch.stack(samples[:4]))

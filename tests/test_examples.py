@@ -82,7 +82,7 @@ def benchmark(example, here, monkeypatch):
     return run
 
 
-def test_pareto(benchmark):
+def test_pareto(benchmark, capsys):
     pytest.importorskip("matplotlib")
     leave_out = ("--skip", "hqq", "billm", "arb-x", "arb-rc", "full, one", "full + CGB", "tuned, one", "tuned + CGB")
     printed = benchmark("pareto", "--quick", *leave_out)
@@ -91,6 +91,9 @@ def test_pareto(benchmark):
     assert "full precision" in printed
     assert Path("pareto.png").stat().st_size > 1000
     assert "RTN" not in benchmark("pareto", "--quick", *leave_out), "points in the CSV are not run again"
+    with pytest.raises(SystemExit):
+        benchmark("pareto", "--quick", "--seed", 1, *leave_out)
+    assert "holds points of another run (dense wiki seed 0 quick)" in capsys.readouterr().err
 
 
 def test_protocol(benchmark):

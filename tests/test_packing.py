@@ -83,7 +83,7 @@ def test_tensors_are_those_of_the_form_and_their_bits_are_counted(weight):
 
 
 def theoretical_bits(form: BinaryForm, scale_bits: int = 16) -> float:
-    """ALGORITHM section 9: planes, bitmaps, row and column numbers, without any padding."""
+    """Planes, bitmaps, row and column numbers, without any padding."""
     n, m, c = form.out_features, form.in_features, form.salient_columns
     bits = n * (m - c) + 2 * n * c + m
     if form.groups == 2:

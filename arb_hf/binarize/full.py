@@ -31,7 +31,7 @@ from .refine import (
     round_with_feedback,
     start,
 )
-from .weight import BinaryWeight
+from .weight import BinaryWeight, as_signs
 
 SWEEPS = 2
 PUBLISHED_SALIENT = 0.045  # of the columns; what the published search settles on, by the Hessian metric
@@ -176,4 +176,4 @@ def take_apart(weight: BinaryWeight) -> list[CodedBlock]:
 
 
 def _plane(codes: Tensor, bit: int) -> Tensor:
-    return ((codes & bit) != 0).T.contiguous().to(torch.int8) * 2 - 1
+    return as_signs(((codes & bit) != 0).T.contiguous())

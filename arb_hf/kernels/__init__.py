@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..form import BinaryForm
+from ..form import SCALE_DTYPES, BinaryForm
 from . import cpu, reference
 
 NAMESPACE = "arb_hf"
@@ -44,7 +44,7 @@ _GROUPS = {
     (7, False): (2, 1),
     (10, False): (2, 2),
 }
-_SCALE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int8: "int8"}
+_SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("binary_linear" + _SCHEMA)

@@ -102,5 +102,4 @@ def _filled(empty: Any, linear: Any) -> nn.Module:
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module.train(model.training))
+    model.set_submodule(name, module.train(model.training))

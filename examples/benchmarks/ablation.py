@@ -10,8 +10,10 @@ binarized instead, each line by its steps, and measured as ``protocol.py`` measu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,26 +26,16 @@ from protocol import (
     binarize,
     calibration_tokens,
     calibration_windows,
-    read_wikitext,
-    tokenize,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arb_hf import bits_per_weight
-from arb_hf.binarize import BinarizeOptions, BinaryWeight, binarize_weight
-from arb_hf.binarize.full import _curvature, _descend, assemble, choose_salient_columns, spans
-from arb_hf.binarize.hessian import HessianFactor, factorize, output_error
-from arb_hf.binarize.refine import (
-    exact_compensation,
-    fit_columns,
-    fit_rows,
-    nearest_codes,
-    round_with_feedback,
-    start,
-)
+from arb_hf.binarize import BinarizeOptions, binarize_weight, full
+from arb_hf.binarize.hessian import output_error
+from arb_hf.binarize.refine import CodedBlock, nearest_codes
 from arb_hf.calibrate.capture import capture, run_layer
-from arb_hf.calibrate.data import Batch
+from arb_hf.calibrate.data import Batch, read_text, tokenize
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.evaluate import perplexity
@@ -51,7 +43,7 @@ from arb_hf.evaluate import perplexity
 
 @dataclass(frozen=True)
 class Steps:
-    """Which steps are taken; ``salient`` and ``scale_dtype`` as in ``BinarizeOptions``."""
+    """Which steps are taken; ``scale_dtype`` as in ``ArbConfig``."""
 
     feedback: bool = True
     exact: bool = True
@@ -80,35 +72,41 @@ VARIANTS: dict[str, Steps] = {
 }
 
 
-def solve(weight: Tensor, hessian: Tensor, factor: HessianFactor, steps: Steps) -> BinaryWeight:
-    """As ``binarize_full``, with the steps asked for."""
-    options = BinarizeOptions(refinement="full", scale_dtype=steps.scale_dtype)
-    salient = choose_salient_columns(weight, factor, options)
-    form = options.form(*weight.shape, int(salient.sum()))
-    wanted, curvature = weight.T.contiguous(), _curvature(hessian, factor)
-    remaining, dense, blocks = wanted.clone(), torch.empty_like(wanted), []
-    for span in spans(len(wanted), form.block_size):
-        values, upper = remaining[span], factor.upper[span, span]
-        effective = torch.cholesky_inverse(upper, upper=True)
-        block = start(values, salient[span], form)
-        block = nearest_codes(fit_columns(fit_rows(block, values, None), values, None), values)
-        if steps.feedback:
-            block, _ = round_with_feedback(block, values, upper)
-        if steps.rows:
-            block = fit_rows(block, values, effective)
-        if steps.columns:
-            block = fit_columns(block, values, effective)
-        dense[span] = block.values()
-        later, error = factor.upper[span, span.stop :], values - dense[span]
-        if steps.exact:
-            remaining[span.stop :] -= exact_compensation(error, upper, later)
-        else:
-            remaining[span.stop :] -= later.T @ (error / upper.diagonal()[:, None])
-        blocks.append(block)
-    gradient = curvature @ (wanted - dense)
-    for sweep in range(steps.sweeps):
-        blocks = _descend(blocks, dense, gradient, curvature, last=sweep == steps.sweeps - 1)
-    return assemble(blocks, form)
+@contextlib.contextmanager
+def taking(steps: Steps) -> Iterator[None]:
+    """Within, ``refinement="full"`` takes these steps only; a sweep is one step, whatever it is made of."""
+    sweeping = threading.local()  # matrices may be binarized side by side
+
+    def sweep(*arguments: Any, whole: Callable = full._descend, **options: Any) -> list[CodedBlock]:
+        sweeping.now = True
+        try:
+            return whole(*arguments, **options)
+        finally:
+            sweeping.now = False
+
+    def without_feedback(block: CodedBlock, values: Tensor, upper: Tensor) -> tuple[CodedBlock, None]:
+        return nearest_codes(block, values), None
+
+    def without_curvature(fit: Callable) -> Callable:
+        def fitted(block: CodedBlock, values: Tensor, curvature: Tensor | None) -> CodedBlock:
+            return fit(block, values, curvature) if curvature is None or getattr(sweeping, "now", False) else block
+
+        return fitted
+
+    def as_published(error: Tensor, upper: Tensor, later: Tensor) -> Tensor:
+        return later.T @ (error / upper.diagonal()[:, None])
+
+    replaced: dict[str, Any] = {"SWEEPS": steps.sweeps, "_descend": sweep}
+    if not steps.feedback:
+        replaced["round_with_feedback"] = without_feedback
+    if not steps.exact:
+        replaced["exact_compensation"] = as_published
+    if not steps.rows:
+        replaced["fit_rows"] = without_curvature(full.fit_rows)
+    if not steps.columns:
+        replaced["fit_columns"] = without_curvature(full.fit_columns)
+    with patch.multiple(full, **replaced):
+        yield
 
 
 @torch.no_grad()
@@ -136,13 +134,13 @@ def perplexities(arguments: argparse.Namespace, names: list[str]) -> None:
     """Bits, perplexity and seconds of the whole model, binarized by each variant's steps."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = calibration_windows(calibration_tokens("wiki", arguments.data, tokenizer), 0)[: arguments.windows]
-    text = tokenize(tokenizer, read_wikitext(arguments.data / "wiki.test.raw"))
+    text = tokenize(read_text(arguments.data / "wiki.test.raw"), tokenizer)
     for name in names:
         steps = VARIANTS.get(name)
         options: dict[str, Any] = {"refinement": "paper"}
         if steps is not None:
             options = {"refinement": "full", "scale_dtype": steps.scale_dtype, "tune_steps": 0}
-        with patch("arb_hf.binarize.solve.binarize_full", lambda w, h, f, o, steps=steps: solve(w, h, f, steps)):
+        with contextlib.nullcontext() if steps is None else taking(steps):
             model, seconds = binarize(arguments.model, windows, 0, options, torch.float32)
         value = perplexity(model, text, sequence_length=LENGTH, max_windows=arguments.eval_windows)
         print(f"{name:48s} {bits_per_weight(model):6.3f} bits  perplexity {value:10.2f}  {seconds:5.0f} s", flush=True)
@@ -168,27 +166,22 @@ def main() -> None:
     if arguments.perplexity:
         return perplexities(arguments, arguments.variants)
     found = matrices(arguments)
-    factors = [factorize(hessian, weight.shape[1], 0.01) for _, weight, hessian in found]
     print(f"{'':48s}" + "".join(f"{name:>22s}" for name, _, _ in found) + f"{'bits':>8s}{'CPU s':>8s}")
-
-    def line(name: str, make: Callable[[Tensor, Tensor, HessianFactor], BinaryWeight]) -> None:
+    for name in arguments.variants:
+        steps = VARIANTS.get(name)
+        options = (
+            BinarizeOptions() if steps is None else BinarizeOptions(refinement="full", scale_dtype=steps.scale_dtype)
+        )
         begin = time.process_time()
-        results = [make(w, h, f) for (_, w, h), f in zip(found, factors, strict=True)]
+        with torch.no_grad(), contextlib.nullcontext() if steps is None else taking(steps):
+            results = [binarize_weight(weight, hessian, options) for _, weight, hessian in found]
         seconds = time.process_time() - begin
         errors = [
-            output_error(w - binary.rounded().dequantize(), w, h)
-            for (_, w, h), binary in zip(found, results, strict=True)
+            output_error(weight - binary.rounded().dequantize(), weight, hessian)
+            for (_, weight, hessian), binary in zip(found, results, strict=True)
         ]
-        bits = sum(each.form.bits() for each in results) / sum(w.numel() for _, w, _ in found)
+        bits = sum(each.form.bits() for each in results) / sum(weight.numel() for _, weight, _ in found)
         print(f"{name:48s}" + "".join(f"{error:22.5f}" for error in errors) + f"{bits:8.3f}{seconds:8.2f}", flush=True)
-
-    with torch.no_grad():
-        for name in arguments.variants:
-            steps = VARIANTS.get(name)
-            if steps is None:
-                line(name, lambda w, h, f: binarize_weight(w, h, BinarizeOptions()))
-            else:
-                line(name, lambda w, h, f, steps=steps: solve(w, h, f, steps))
 
 
 if __name__ == "__main__":

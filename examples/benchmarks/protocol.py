@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
 from arb_hf import ArbConfig
+from arb_hf.calibrate.data import read_text, tokenize
 from arb_hf.evaluate import perplexity
 
 LENGTH = 512
@@ -50,24 +51,6 @@ class Run:
         return f"{name:90s} {seed}ppl {self.perplexity:9.2f}  gap {self.gap:6.3f}  bits {self.bits_per_weight:6.3f}  {self.seconds:6.0f} s"
 
 
-def read_wikitext(path: Path) -> str:
-    """A raw WikiText file, line by line as the ``datasets`` loader gives it, joined by blank lines."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines and not lines[-1]:
-        lines.pop()
-    return "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
-
-
-def read_jsonl(path: Path) -> str:
-    """The ``text`` fields of a JSON-lines file, joined by blank lines."""
-    return "\n\n".join(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line)
-
-
-def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """The whole text as one string, without special tokens: int64 ``[tokens]``."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
 def calibration_windows(tokens: Tensor, seed: int) -> list[Tensor]:
     """32 windows ``[512]`` at starts drawn by a local generator."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,9 +69,7 @@ def binarize(
 
 
 def calibration_tokens(name: str, data: Path, tokenizer: Any) -> Tensor:
-    if name == "wiki":
-        return tokenize(tokenizer, read_wikitext(data / "wiki.valid.raw"))
-    return tokenize(tokenizer, read_jsonl(data / "c4.calib.jsonl"))
+    return tokenize(read_text(data / ("wiki.valid.raw" if name == "wiki" else "c4.calib.jsonl")), tokenizer)
 
 
 def options_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -130,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    evaluation = tokenize(tokenizer, read_wikitext(arguments.data / "wiki.test.raw"))
+    evaluation = tokenize(read_text(arguments.data / "wiki.test.raw"), tokenizer)
     calibration = calibration_tokens(arguments.calibration, arguments.data, tokenizer)
     count = 4 if arguments.quick else EVALUATION_WINDOWS
 
