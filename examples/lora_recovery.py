@@ -63,7 +63,9 @@ def main() -> None:
 
     model = arb_hf.from_pretrained(arguments.model, dtype=torch.float32)
     if arguments.scales and model.config.quantization_config.scale_dtype == "int8":
-        parser.error(f"--scales: {arguments.model} has int8 scales, which cannot be trained; binarize with float16 ones")
+        parser.error(
+            f"--scales: {arguments.model} has int8 scales, which cannot be trained; binarize with float16 ones"
+        )
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     measured = evaluation_windows(tokenizer, arguments.text, arguments.eval_length, arguments.eval_windows)
     windows = evaluation_windows(tokenizer, arguments.train, arguments.length)

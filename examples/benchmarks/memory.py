@@ -1,6 +1,6 @@
 """Peak memory of binarizing against the model's depth.
 
-    python examples/benchmarks/memory.py [--quick] [--depths 8 16 32] [--hidden 1024] [--large]
+    python examples/benchmarks/memory.py [--quick] [--depths 8 16 32] [--hidden 1024] [--tune-steps N] [--large]
 
 Random LLaMA-shaped bfloat16 checkpoints are written layer by layer to a temporary folder, and each is binarized in a
 fresh process whose anonymous and file-backed resident memory (RssAnon, RssFile in /proc) is sampled from outside. Its
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -86,7 +87,7 @@ def write_checkpoint(config: LlamaConfig, folder: Path) -> int:
     return written
 
 
-def binarize(folder: str, iterations: int) -> None:
+def binarize(folder: str, options: dict[str, Any]) -> None:
     """What the fresh process does; prints when it starts and what it made."""
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +97,7 @@ def binarize(folder: str, iterations: int) -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 4096, (SAMPLES, LENGTH), generator=generator)
-    config = ArbConfig(dataset=tokens, iterations=iterations)
+    config = ArbConfig(dataset=tokens, **options)
     print("{}", flush=True)
     start = time.process_time()
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
@@ -115,8 +116,8 @@ def resident(pid: int) -> tuple[float, float]:
     return int(lines["RssAnon"].split()[0]) * 1024, int(lines["RssFile"].split()[0]) * 1024
 
 
-def measure(folder: Path, iterations: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", str(folder), "--iterations", str(iterations)]
+def measure(folder: Path, options: dict[str, Any]) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", str(folder), json.dumps(options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -135,10 +136,10 @@ def measure(folder: Path, iterations: int) -> dict[str, float]:
     return {"base": base[0], "anonymous": peak[0], "file": peak[1]} | json.loads(out)
 
 
-def report(config: LlamaConfig, iterations: int) -> dict[str, float]:
+def report(config: LlamaConfig, options: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(config, Path(folder))
-        found = measure(Path(folder), iterations)
+        found = measure(Path(folder), options)
     print(
         f"{config.num_hidden_layers:>6}{config.hidden_size:>8}{size / MB:>14.0f}{found['packed'] / MB:>10.1f}"
         f"{found['base'] / MB:>10.0f}{found['anonymous'] / MB:>16.0f}{found['file'] / MB:>14.0f}{found['cpu_seconds']:>9.0f}",
@@ -154,24 +155,28 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1, help="rounds of refinement: time, not memory")
     parser.add_argument("--large", action="store_true", help="also 1.1 billion parameters")
     parser.add_argument("--quick", action="store_true", help="depths 2, 4, 8 at hidden size 256")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--tune-steps", type=int, help='refinement="full" with so many steps of tuning')
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        binarize(options.child, options.iterations)
-        return
+        folder, made = options.child
+        return binarize(folder, json.loads(made))
+    made = {"iterations": options.iterations}
+    if options.tune_steps is not None:
+        made |= {"refinement": "full", "tune_steps": options.tune_steps}
     if options.quick:
         options.depths, options.hidden = [2, 4, 8], 256
     print(
         f"{'layers':>6}{'hidden':>8}{'checkpoint MB':>14}{'packed':>10}{'start':>10}{'anonymous peak':>16}{'file-backed':>14}{'CPU s':>9}"
     )
-    found = {depth: report(shape(depth, options.hidden), options.iterations) for depth in options.depths}
+    found = {depth: report(shape(depth, options.hidden), made) for depth in options.depths}
     if len(found) > 1:
         first, last = found[min(found)], found[max(found)]
         steps = max(found) - min(found)
         slope, packed = ((last[key] - first[key]) / steps / MB for key in ("anonymous", "packed"))
         print(f"per layer: anonymous peak {slope:.2f} MB, packed layer {packed:.2f} MB")
     if options.large:
-        report(tinyllama(), options.iterations)
+        report(tinyllama(), made)
 
 
 if __name__ == "__main__":
