@@ -50,6 +50,7 @@ BINARY: dict[str, tuple[str, dict[str, Any]]] = {
     "ARB-RC + CGB": ("published", PAPER),
     "ARB-X": ("published", PAPER | NO_CGB | {"method": "arb-x"}),
     "ARB-X + CGB": ("published", PAPER | {"method": "arb-x"}),
+    "ARB": ("published", PAPER | NO_CGB | {"method": "arb"}),
     "BiLLM": ("published", PAPER | NO_CGB | {"method": "billm"}),
     "full, one group, few salient": ("full", FULL | ONE_GROUP | {"max_salient_columns": 6}),
     "full, one group": ("full", FULL | ONE_GROUP),
