@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..form import BinaryForm
 
 # Number of each type in csrc/linear.h.
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}
-ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = {kind: number for kind, number in TYPES.items() if kind.is_floating_point}
 TILE_ROWS = 480  # rows decoded at a time; not a multiple of 512, lest the columns of a tile share their cache sets
 TABLE_TOKENS = 16  # at most so many tokens go by lookup tables; measured, see examples/benchmarks/inference.py
 
@@ -93,17 +94,22 @@ def linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
 
 
 def _linear(x: Tensor, layer: Layer, form: BinaryForm) -> Tensor:
-    if x.dim() == 0 or x.shape[-1] != form.in_features:
-        raise ValueError(f"the activations have shape {list(x.shape)}; this layer takes [..., {form.in_features}]")
-    if x.dtype not in ACTIVATIONS:
+    # For one token this is a good part of the time, most of all from cold caches: few calls, each result used again.
+    shape = x.shape
+    if not shape or shape[-1] != form.in_features:
+        raise ValueError(f"the activations have shape {list(shape)}; this layer takes [..., {form.in_features}]")
+    lead = shape[:-1]
+    tokens, kind = math.prod(lead), ACTIVATIONS.get(x.dtype)
+    if kind is None:
         return _linear(x.to(torch.float32), layer, form).to(x.dtype)
-    tokens = x.numel() // form.in_features
     if tokens > TABLE_TOKENS:
-        return _linear_by_tiles(x.reshape(tokens, -1), layer, form).view(*x.shape[:-1], form.out_features)
+        return _linear_by_tiles(x.reshape(tokens, -1), layer, form).view(*lead, form.out_features)
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], form.out_features), dtype=x.dtype)
-    arguments = x.data_ptr(), TYPES[x.dtype], y.data_ptr(), tokens, torch.get_num_threads(), native.isa()
-    _check(_library().arb_linear(layer, *arguments), form)
+    y = x.new_empty((*lead, form.out_features))
+    arguments = x.data_ptr(), kind, y.data_ptr(), tokens, torch.get_num_threads(), native.isa()
+    status = _library().arb_linear(layer, *arguments)
+    if status:
+        _check(status, form)
     return y
 
 
