@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import native
-from ..binarize import BinaryWeight, SolveRecord
+from ..binarize import SolveRecord
 from ..config import ArbConfig
 from ..coverage import Coverage, Matrix
 from ..errors import ArbCalibrationError
@@ -39,7 +39,7 @@ from .offload import fetch_outside, on_device
 from .plan import check_plan, make_plan, spool_folder
 from .spool import Spool, updated
 from .stages import Stages
-from .tune import output_errors, tune_layer
+from .tune import stored_errors, tune_layer
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
@@ -329,19 +329,16 @@ def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
             layer, weights, run.calls, index, config.tune_steps, config.seed + index, run.processes, elsewhere, fixed
         )
         if record.after < record.before:
-            errors = output_errors(layer, weights, run.calls, index, run.processes)
+            errors = stored_errors(layer, weights, run.calls, index, run.processes)
             for inner, name in names.items():
                 _, solve, group = results[name]
-                results[name] = weights[inner], _after_tuning(solve, layer, inner, weights[inner], errors[inner]), group
+                output, weight = errors[inner]
+                solve = dataclasses.replace(
+                    solve, output_error=None if solve.data_free else output, weight_error=weight
+                )
+                results[name] = weights[inner], solve, group
     logger.info("decoder layer %d: held-out loss %.5f, tuned %.5f", index + 1, record.before, record.after)
     return [record]
-
-
-def _after_tuning(solve: SolveRecord, layer: nn.Module, name: str, weight: BinaryWeight, error: float) -> SolveRecord:
-    """The record of a matrix with the errors of its tuned weight."""
-    dense, stored = layer.get_parameter(f"{name}.weight").float(), weight.rounded().dequantize()
-    weight_error = ((dense - stored).square().sum() / dense.square().sum()).item()
-    return dataclasses.replace(solve, output_error=None if solve.data_free else error, weight_error=weight_error)
 
 
 def _restore(

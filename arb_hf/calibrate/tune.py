@@ -147,18 +147,20 @@ def best_alone(
     return found
 
 
-def output_errors(
+def stored_errors(
     layer: nn.Module, weights: Mapping[str, BinaryWeight], calls: Sequence[LayerCalls], index: int, processes: Processes
-) -> dict[str, float]:
-    """Relative output error ``|X (W - Q)^T|^2 / |X W^T|^2`` of each weight as stored, over all tokens but padding.
+) -> dict[str, tuple[float, float]]:
+    """Relative errors of each weight as stored: ``|X (W - Q)^T|^2 / |X W^T|^2`` and ``|W - Q|^2 / |W|^2``.
 
-    ``X`` are the inputs in a layer whose linears are in full precision and whose norms are as they are now: this is
-    ``tr(dW H dW^T) / tr(W H W^T)``, with H behind tuned norms. 0 where no token came.
+    ``X`` are the inputs, padding apart, in a layer whose linears are in full precision and whose norms are as they are
+    now: the first is ``tr(dW H dW^T) / tr(W H W^T)``, with H behind tuned norms; 0 where no token came.
     """
-    errors = {
-        name: layer.get_parameter(f"{name}.weight").float() - weight.rounded().dequantize()
-        for name, weight in weights.items()
-    }
+    errors: dict[str, Tensor] = {}
+    weight_errors: dict[str, float] = {}
+    for name, weight in weights.items():
+        dense = layer.get_parameter(f"{name}.weight").float()
+        errors[name] = dense - weight.rounded().dequantize()
+        weight_errors[name] = (errors[name].square().sum() / dense.square().sum()).item()
     sums = {name: torch.zeros(2, dtype=torch.float64, device=error.device) for name, error in errors.items()}
     mask: Tensor | None = None
 
@@ -177,7 +179,9 @@ def output_errors(
             run_layer(layer, call, index)
     for each in sums.values():
         processes.average(each)
-    return {name: (each[0] / each[1]).item() if each[1] > 0 else 0.0 for name, each in sums.items()}
+    return {
+        name: ((each[0] / each[1]).item() if each[1] > 0 else 0.0, weight_errors[name]) for name, each in sums.items()
+    }
 
 
 def token_errors(out: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
