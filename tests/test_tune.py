@@ -169,7 +169,8 @@ def test_latent_weights_start_where_each_weight_is_best_alone(scene):
 
 
 @torch.no_grad()
-def test_tuning_is_reproducible_by_its_seed(scene):
+def test_tuning_is_reproducible_by_its_seed(scene, monkeypatch):
+    monkeypatch.setattr(tune, "STEP_TOKENS", 4 * 48)  # a step takes four batches of the fourteen: seeds differ in which
     first, same, other = (tuned(scene, seed=seed)[1] for seed in (0, 0, 1))
     assert all(torch.equal(first[name].dequantize(), same[name].dequantize()) for name in first)
     assert not all(torch.equal(first[name].dequantize(), other[name].dequantize()) for name in first)
