@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from ..form import BinaryForm
+from .coded import FIRST, GROUP, SECOND, CodedBlock
 from .hessian import HessianFactor, damped
 from .options import BinarizeOptions
 from .partition import saliency
 from .refine import (
-    FIRST,
-    GROUP,
-    SECOND,
-    CodedBlock,
     descend_codes,
     exact_compensation,
     fit_columns,

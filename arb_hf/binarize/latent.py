@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .coded import CodedBlock
 from .full import assemble, spans, take_apart
-from .refine import CodedBlock, nearest_codes, round_scales
+from .refine import nearest_codes, round_scales
 from .weight import BinaryWeight
 
 

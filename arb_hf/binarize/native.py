@@ -6,16 +6,13 @@ For float32 CPU tensors, where the library is.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import native
 from .fit import Fit
-
-if TYPE_CHECKING:
-    from .refine import Sweep
+from .sweep import Sweep
 
 
 def usable(values: Tensor) -> bool:
@@ -79,7 +76,7 @@ def fit_scales(values: Tensor, member: Tensor, iterations: int) -> Fit:
 
 
 def round_columns(sweep: Sweep, columns: slice) -> Tensor:
-    """See :func:`arb_hf.binarize.refine.round_columns`."""
+    """See :func:`arb_hf.binarize.sweep.round_columns`."""
     targets, rows = sweep.targets, sweep.rows
     steps = targets.new_empty(columns.stop - columns.start, targets.shape[1])
     given = (targets, sweep.present, sweep.coupling, rows, sweep.weights, sweep.known, sweep.counts)

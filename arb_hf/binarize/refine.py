@@ -1,23 +1,23 @@
 """Beyond the paper at the same bits: the steps of ``refinement="full"``, on one block of columns.
 
-A weight is stored as a code: two signs and a group. What a code stands for is linear in the row parameters of its row
-and block, and linear in the column scales of its column, so for given codes both have closed least-squares solutions,
-and for given scales every column has a short list of levels to round to. All steps lower the same objective, the
-output error ``tr((V - Q)^T H (V - Q))`` of the block, and each can be taken alone.
-
-Layout: **columns first**. A block of k columns is ``[k, n]``, so that a column, the unit of rounding, is contiguous.
+For given codes the row parameters and the column scales have closed least-squares solutions, and for given scales
+every column has a short list of levels to round to. All steps lower the same objective, the output error
+``tr((V - Q)^T H (V - Q))`` of the block, and each can be taken alone. Blocks, and tensors of their shape, are columns
+first: ``[k, n]``.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..form import BinaryForm
 from . import native
+from .coded import GROUP, CodedBlock, signs_of
+from .sweep import PANEL, Sweep, round_columns
 from .weight import decode_columns, decode_rows, encode_columns, encode_rows
 
 # Steps of least squares are drawn to the scales they start from by this fraction of the mean curvature: a scale that
@@ -26,83 +26,6 @@ PROXIMITY = 1e-5
 # The best levels of a standard normal variable (Lloyd-Max), where every block's scales start.
 ORDINARY_START = {1: (0.798,), 2: (0.453, 1.510)}
 SALIENT_START = {1: (0.982, 0.529), 2: (0.501, 0.255), 3: (1.748, 0.404)}
-# Columns whose steps reach later columns together, and the most levels a column has; csrc/round.c knows the same.
-PANEL, MOST_LEVELS = 32, 8
-SECOND, FIRST, GROUP = 1, 2, 4  # bits of a code
-
-
-@dataclass(frozen=True)
-class CodedBlock:
-    """One block: codes, and the scales that give them values.
-
-    Attributes:
-        form: of the whole matrix; only the slots of row parameters are used.
-        salient: bool ``[k]``.
-        codes: uint8 ``[k, n]``, bits ``SECOND`` (salient columns), ``FIRST`` sign and ``GROUP``.
-        rows: row parameters ``[slots, n]``.
-        columns: ``[slots, k]``, what a slot of the row parameters counts in each column: the column scale, or 1 for a
-            method without them, and always 1 for means.
-    """
-
-    form: BinaryForm
-    salient: Tensor
-    codes: Tensor
-    rows: Tensor
-    columns: Tensor
-
-    def slots(self, salient: bool) -> list[tuple[int, int, int]]:
-        """``(slot, group, sign bit)`` of the row parameters that ordinary or salient columns use; means: bit 0."""
-        form = self.form
-        if salient:
-            groups = range(form.salient_groups)
-            scales = [(form.salient_scale_slot(g, o), g, bit) for g in groups for o, bit in enumerate((FIRST, SECOND))]
-            means = [(form.salient_mean_slot(g), g, 0) for g in groups]
-        else:
-            groups = range(form.groups)
-            scales = [(g, g, FIRST) for g in groups]
-            means = [(form.mean_slot(g), g, 0) for g in groups]
-        return scales if form.has_column_scales else scales + means
-
-    def coefficients(self, salient: bool) -> tuple[Tensor, Tensor]:
-        """Codes of ordinary or salient columns, uint8 ``[levels]``, and each slot's part: ``[levels, slots]``."""
-        groups = self.form.salient_groups if salient else self.form.groups
-        step = SECOND if salient else FIRST
-        codes = torch.arange(0, groups * GROUP, step, dtype=torch.uint8, device=self.rows.device)
-        table = self.rows.new_zeros(len(codes), len(self.rows))
-        for slot, group, bit in self.slots(salient):
-            table[:, slot] = _signs(codes, bit) * (codes // GROUP == group)
-        return codes, table
-
-    def features(self) -> Tensor:
-        """``[slots, k, n]``: the values are ``sum_s features[s] * rows[s]``."""
-        features = self.rows.new_zeros(len(self.rows), *self.codes.shape)
-        for salient, where in ((False, ~self.salient), (True, self.salient)):
-            codes = self.codes[where]
-            for slot, group, bit in self.slots(salient):
-                part = _signs(codes, bit) * self.columns[slot, where, None]
-                features[slot, where] = part if self._groups(salient) == 1 else part * (codes // GROUP == group)
-        return features
-
-    def _groups(self, salient: bool) -> int:
-        return self.form.salient_groups if salient else self.form.groups
-
-    def values(self) -> Tensor:
-        """The dense block ``[k, n]``."""
-        dense = torch.empty(self.codes.shape, dtype=self.rows.dtype, device=self.rows.device)
-        for salient, where in ((False, ~self.salient), (True, self.salient)):
-            codes = self.codes[where]
-            of_group = [torch.zeros((), device=dense.device)] * self._groups(salient)
-            for slot, group, bit in self.slots(salient):
-                term = self.columns[slot, where, None] * self.rows[slot]
-                of_group[group] = of_group[group] + (term.mul_(_signs(codes, bit)) if bit else term)
-            large = codes >= GROUP
-            dense[where] = of_group[0] if len(of_group) == 1 else torch.where(large, of_group[1], of_group[0])
-        return dense
-
-
-def _signs(codes: Tensor, bit: int) -> Tensor:
-    """+-1 by a bit of the codes; 1 for no bit."""
-    return ((codes & bit) != 0).float().mul_(2).sub_(1) if bit else torch.ones(codes.shape, device=codes.device)
 
 
 def start(values: Tensor, salient: Tensor, form: BinaryForm) -> CodedBlock:
@@ -181,62 +104,6 @@ def _sweep(
     return replace(block, codes=sweep.codes), sweep.dense
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What rounding the columns of a block, one after the other, works on; all tensors contiguous.
-
-    A step d of column j moves target l by ``coupling[j, l] * d``. A step is the new value less the present one, or less
-    the target where there is none.
-
-    Attributes:
-        targets, present: ``[k, n]``. coupling: ``[k, k]``, or None: no column moves another's target.
-        rows: row parameters ``[slots, n]``.
-        weights: what each of them counts in a column's levels, ``[k, MOST_LEVELS, slots]``.
-        known, counts: the levels' codes ``[k, MOST_LEVELS]``, and how many levels a column has ``[k]``.
-        codes, dense: ``[k, n]``, the result, filled column by column.
-    """
-
-    targets: Tensor
-    present: Tensor | None
-    coupling: Tensor | None
-    rows: Tensor
-    weights: Tensor
-    known: Tensor
-    counts: Tensor
-    codes: Tensor
-    dense: Tensor
-
-    @classmethod
-    def of(cls, block: CodedBlock, targets: Tensor, coupling: Tensor | None, present: Tensor | None) -> Sweep:
-        k = len(block.salient)
-        weights = block.rows.new_zeros(k, MOST_LEVELS, len(block.rows))
-        known = block.codes.new_zeros(k, MOST_LEVELS)
-        counts = torch.empty(k, dtype=torch.int64, device=known.device)
-        for salient, where in ((False, ~block.salient), (True, block.salient)):
-            codes, table = block.coefficients(salient)
-            weights[where, : len(codes)] = table * block.columns.T[where, None]
-            known[where, : len(codes)] = codes
-            counts[where] = len(codes)
-        coupling = None if coupling is None else coupling.contiguous()
-        results = torch.empty_like(block.codes), torch.empty_like(targets)
-        return cls(targets, present, coupling, block.rows.contiguous(), weights, known, counts, *results)
-
-
-def round_columns(sweep: Sweep, columns: slice) -> Tensor:
-    """One panel of a sweep: fills codes and values there, hands on steps inside it, and returns them."""
-    targets, present, coupling = sweep.targets, sweep.present, sweep.coupling
-    steps = torch.empty_like(targets[columns])
-    for step, j, count in zip(steps, range(columns.start, columns.stop), sweep.counts[columns].tolist(), strict=True):
-        values = sweep.weights[j, :count] @ sweep.rows
-        choice = (values - targets[j]).abs_().min(0).indices
-        sweep.codes[j] = sweep.known[j, choice]
-        sweep.dense[j] = values.gather(0, choice[None])[0]
-        torch.sub(sweep.dense[j], targets[j] if present is None else present[j], out=step)
-        if coupling is not None and j + 1 < columns.stop:
-            targets[j + 1 : columns.stop].addr_(coupling[j, j + 1 : columns.stop], step)
-    return steps
-
-
 def fit_rows(block: CodedBlock, target: Tensor, hessian: Tensor | None) -> CodedBlock:
     """Row parameters by least squares under H, all of a row together, codes and column scales fixed.
 
@@ -266,7 +133,7 @@ def fit_columns(block: CodedBlock, target: Tensor, hessian: Tensor | None) -> Co
     for salient, where in ((False, ~block.salient), (True, block.salient)):
         codes, index = block.codes[where], where.nonzero()[:, 0]
         for slot, group, bit in block.slots(salient):
-            parts.append(_signs(codes, bit) * (codes // GROUP == group) * block.rows[slot])
+            parts.append(signs_of(codes, bit) * (codes // GROUP == group) * block.rows[slot])
             column.append(index)
             slot_of.append(torch.full_like(index, slot))
     features, columns, slots = torch.cat(parts), torch.cat(column), torch.cat(slot_of)

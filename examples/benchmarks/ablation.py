@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arb_hf import bits_per_weight
 from arb_hf.binarize import BinarizeOptions, binarize_weight, full
+from arb_hf.binarize.coded import CodedBlock
 from arb_hf.binarize.hessian import output_error
-from arb_hf.binarize.refine import CodedBlock, nearest_codes
+from arb_hf.binarize.refine import nearest_codes
 from arb_hf.calibrate.capture import capture, run_layer
 from arb_hf.calibrate.data import Batch, read_text, tokenize
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
