@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 
 import tiny
 from arb_hf import ArbCalibrationError
-from arb_hf.calibrate import matrices, run
+from arb_hf.calibrate import layer, matrices, run
 from kills import finish, forked
 
 FOLDER = Path(sys.argv[1])
 
 
-def die(this: run.Run, index: int, original: Callable = run.binarize_layer) -> list:
+def die(this: layer.Run, index: int, original: Callable = run.binarize_layer) -> list:
     if index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(this, index)

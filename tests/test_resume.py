@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from arb_hf import ArbCalibrationError
 from arb_hf.calibrate import checkpoint, run
+from arb_hf.calibrate import layer as layer_module
 from conftest import token_samples
 
 TESTS = Path(__file__).parent
@@ -68,11 +69,11 @@ def test_resumed_run_has_the_same_bits_and_report(dense, expected, finished, tmp
             tiny.binarize(dense, checkpoint_dir=folder)
     solved = []
 
-    def count(layer, linears, calls, index, *rest, original=run.binarize_matrices):
+    def count(layer, linears, calls, index, *rest, original=layer_module.binarize_matrices):
         solved.append(index)
         return original(layer, linears, calls, index, *rest)
 
-    monkeypatch.setattr(run, "binarize_matrices", count)
+    monkeypatch.setattr(layer_module, "binarize_matrices", count)
     model = tiny.binarize(dense, checkpoint_dir=folder)
     assert solved == list(range(layers, tiny.LAYERS))
     tiny.assert_equal(tiny.saved(model, tmp_path / "saved"), expected)
@@ -88,13 +89,13 @@ def test_resumed_run_has_the_same_bits_and_report(dense, expected, finished, tmp
 def test_other_tensors_that_changed_are_stored_and_restored(dense, tmp_path, monkeypatch):
     """A step that also changes a norm leaves its trace in the checkpoint; what did not change is not stored."""
 
-    def change_a_norm(layer, *rest, original=run.binarize_matrices):
+    def change_a_norm(layer, *rest, original=layer_module.binarize_matrices):
         results = original(layer, *rest)
         layer.input_layernorm.weight.add_(0.25)
         return results
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "binarize_matrices", change_a_norm)
+        patch.setattr(layer_module, "binarize_matrices", change_a_norm)
         changed = tiny.binarize(dense, checkpoint_dir=tmp_path / "checkpoint")
     stored = load_file(tmp_path / "checkpoint" / "layer-00001.safetensors")
     assert "input_layernorm.weight" in stored

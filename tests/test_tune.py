@@ -372,7 +372,7 @@ def test_published_modules_among_others_are_not_tuned(tmp_path, monkeypatch):
         asked.extend(weights)
         return weights, TuneRecord(0, 1.0, 1.0, 0, 0.0)
 
-    monkeypatch.setattr(run, "tune_layer", note)
+    monkeypatch.setattr("arb_hf.calibrate.layer.tune_layer", note)
     tiny.save_model(tmp_path, layers=1)
     tiny.binarize(tmp_path, refinement="full", overrides={"*.q_proj": {"refinement": "paper"}})
     assert sorted(name.rpartition(".")[2] for name in asked) == [

@@ -29,12 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arb_hf import ArbConfig
 from arb_hf.binarize import solve
-from arb_hf.calibrate import hessians, matrices, run
+from arb_hf.calibrate import hessians, layer, matrices
 
 # Where each stage is entered from; none of them is inside another.
 ENTRIES: list[tuple[str, Any, str]] = [
     ("forward, inputs", hessians, "run_layer"),
-    ("forward, binary", run, "run_layer"),
+    ("forward, binary", layer, "run_layer"),
     ("H", hessians.Moment, "add"),
     ("factor", matrices, "factorize"),
     ("search", solve, "_partition"),
