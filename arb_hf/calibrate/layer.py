@@ -1,0 +1,203 @@
+"""One decoder layer of a run: bring it to the device, binarize it or take it from the store, pass its outputs on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..binarize import SolveRecord
+from ..config import ArbConfig
+from ..coverage import Coverage
+from ..nn import BinaryLinear
+from ..nn.linears import expose_linears
+from ..report import MatrixRecord, TuneRecord
+from .capture import LayerCalls, run_layer
+from .checkpoint import LayerStore, changed_tensors, kept_digests
+from .distributed import Processes, Results
+from .matrices import binarize_matrices, require_finite
+from .offload import on_device
+from .spool import updated
+from .stages import Stages
+from .tune import stored_errors, tune_layer
+
+logger = logging.getLogger(__name__)
+Records = tuple[list[MatrixRecord], list[TuneRecord]]  # of one decoder layer; no TuneRecord where nothing is tuned
+
+
+@dataclass
+class Run:
+    """One run: what stays the same from decoder layer to decoder layer, and where they are kept.
+
+    Attributes:
+        prefix, layers: name and list of the decoder layers.
+        coverage: what is to be binarized.
+        device: where a decoder layer is while it is worked on.
+        store: finished layers, in the leading process of a run with ``checkpoint_dir``.
+        calls: this process's calibration batches, before the layer at work.
+        tunable: decoder layers that are tuned after they are binarized.
+    """
+
+    model: PreTrainedModel
+    config: ArbConfig
+    prefix: str
+    layers: nn.ModuleList
+    coverage: Coverage
+    device: torch.device
+    processes: Processes
+    clock: Stages
+    store: LayerStore | None = None
+    calls: list[LayerCalls] = field(default_factory=list)
+    tunable: frozenset[int] = frozenset()
+
+    def inner(self, index: int, name: str) -> str:
+        """A module's name within its decoder layer."""
+        return name.removeprefix(f"{self.prefix}.{index}.")
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """What is to be binarized in a decoder layer, by full name; stacked experts come apart."""
+        names = [each.name for each in self.coverage.matrices if each.kept is None and each.layer == index]
+        found = expose_linears(self.layers[index], [self.inner(index, name) for name in names], verify=True)
+        return {name: found[self.inner(index, name)] for name in names if self.inner(index, name) in found}
+
+    def how_to_resume(self) -> str:
+        if self.config.checkpoint_dir is None:
+            return "nothing is kept without checkpoint_dir"
+        count = f"{len(self.store.finished())} of {len(self.layers)}" if self.store else "the finished"
+        return (
+            f"{count} decoder layers are kept in {self.config.checkpoint_dir}; "
+            "run the same command again to continue from there"
+        )
+
+
+def binarize_layer(run: Run, index: int) -> Records:
+    """Bring one decoder layer to the device, binarize it (or take it from the store), and pass its outputs on."""
+    layer = run.layers[index]
+    with on_device(layer, run.device):
+        if any(index <= each for each in run.tunable):
+            with run.clock("recompute"):
+                run.processes.together(lambda: _follow(run, index))
+        linears = run.linears(index)
+        stored = run.processes.from_leader(lambda: None if run.store is None else run.store.load(index), run.device)
+        if stored is None:
+            packed, records = _binarize(run, index, linears)
+        else:
+            packed, records = _restore(run, index, linears, *stored)
+        with run.clock("recompute"):
+            run.processes.together(lambda: _pass_on(run, index, linears, packed))
+    return records
+
+
+def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict[str, BinaryLinear], Records]:
+    layer, config = run.layers[index], run.config
+    digests = kept_digests(layer, (run.inner(index, name) for name in linears)) if run.store else {}
+    run.clock.restart()
+    results = binarize_matrices(layer, linears, run.calls, index, config, run.processes, run.clock)
+    # Here every process has all results, and `layer` is still in full precision; its inputs are in `run.calls`.
+    tuned = _tune(run, index, results)
+    packed: dict[str, BinaryLinear] = {}
+    records, modules = [], {}
+    for name in [name for name in linears if name in results]:
+        weight, solve, group = results.pop(name)
+        bits, kind = weight.form.bits(), run.inner(index, name)
+        packed[name] = BinaryLinear.from_binary_weight(weight, linears[name].bias)
+        records.append(MatrixRecord(name, index, kind, *weight.shape, bits, solve, group.tokens, group.borrowed))
+        modules[name] = config.module_entry(name, weight.form.salient_columns)
+    assert config.modules is not None
+    config.modules |= modules
+
+    def save() -> None:
+        if run.store is not None:
+            inside: dict[str, nn.Module] = {run.inner(index, name): each for name, each in packed.items()}
+            tensors = changed_tensors(layer, digests, inside)
+            matrices = [dataclasses.asdict(record) for record in records]
+            about = {"matrices": matrices, "tuned": [dataclasses.asdict(each) for each in tuned]}
+            run.store.save(index, tensors, {"modules": modules, "seconds": run.clock.lap} | about)
+
+    run.processes.together(save, only_leader=True)
+    return packed, (records, tuned)
+
+
+def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
+    """Tune the layer where that is asked for; the tuned weights take the places of those in ``results``."""
+    layer, config = run.layers[index], run.config
+    names = {run.inner(index, name): name for name in results if config.options(name).refinement == "full"}
+    if index not in run.tunable or not names:
+        return []
+    elsewhere = {id(each) for other in run.layers if other is not layer for each in other.parameters()}
+    weights = {inner: results[name][0] for inner, name in names.items()}
+    others = {run.inner(index, name): results[name][0] for name in results if name not in names.values()}
+    fixed = {inner: weight.rounded().dequantize() for inner, weight in others.items()}
+    with run.clock("tune"):
+        weights, record = tune_layer(
+            layer, weights, run.calls, index, config.tune_steps, config.seed + index, run.processes, elsewhere, fixed
+        )
+        if record.after < record.before:
+            errors = stored_errors(layer, weights, run.calls, index, run.processes)
+            for inner, name in names.items():
+                _, solve, group = results[name]
+                output, weight = errors[inner]
+                solve = dataclasses.replace(
+                    solve, output_error=None if solve.data_free else output, weight_error=weight
+                )
+                results[name] = weights[inner], solve, group
+    logger.info("decoder layer %d: held-out loss %.5f, tuned %.5f", index + 1, record.before, record.after)
+    return [record]
+
+
+def _restore(
+    run: Run, index: int, linears: dict[str, nn.Linear], tensors: dict[str, Tensor], document: dict[str, Any]
+) -> tuple[dict[str, BinaryLinear], Records]:
+    """A stored layer: its packed modules, its records; other tensors that had changed are put into the layer."""
+    assert run.config.modules is not None
+    run.config.modules |= document["modules"]
+    packed = {}
+    for name in document["modules"]:
+        linear, start = linears[name], run.inner(index, name) + "."
+        form = run.config.form(name, linear.out_features, linear.in_features)
+        module = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        state = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+        module.load_state_dict(state, assign=True)
+        packed[name] = module.requires_grad_(False)
+    run.layers[index].load_state_dict(tensors, strict=False, assign=True)
+    for stage, seconds in document["seconds"].items():
+        run.clock.add(stage, seconds)
+    records = [MatrixRecord(**{**each, "solve": SolveRecord(**each["solve"])}) for each in document["matrices"]]
+    return packed, (records, [TuneRecord(**each) for each in document["tuned"]])
+
+
+def _follow(run: Run, index: int) -> None:
+    """Pass the full-precision model's hidden states on through the layer, while it is still in full precision."""
+    for call in run.calls:
+        assert call.reference is not None
+        hidden = run_layer(run.layers[index], call, index, call.reference)
+        require_finite(hidden, index)
+        call.reference = updated(call.reference, hidden)
+
+
+def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[str, BinaryLinear]) -> None:
+    """The next layer's inputs come through the binary weights: dense for one pass, decoded once, then replaced."""
+    layer = run.layers[index]
+    for name, module in packed.items():
+        dense = module.binary_weight().dequantize(linears[name].weight.dtype)
+        # A new parameter: the loader may still hold the old one, and what is written into its data would stay.
+        linears[name].weight = nn.Parameter(dense, requires_grad=False)
+    for call in run.calls:
+        hidden = run_layer(layer, call, index)
+        require_finite(hidden, index)
+        call.hidden = updated(call.hidden, hidden)
+    for name, module in packed.items():
+        replace_module(layer, linears[name], module)
+
+
+def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is a child in ``root``."""
+    for parent in root.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
