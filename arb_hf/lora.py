@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .checkpoint import binary_modules
-from .form import SCALE_DTYPES
-from .kernels import reference
+from .errors import ArbCalibrationError
+from .kernels import binary_linear
 from .nn import BinaryLinear
+from .packing import pack, unpack
 
 try:
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -118,69 +119,82 @@ class LoraBinaryLinear(nn.Module, LoraLayer):
 
 
 class ScaledLinear(nn.Module):
-    """A binary layer whose scales (and means) are float32 and trained; its planes stay as they are.
+    """A binary layer whose scales (and means) are trained in float32; its planes stay as they are.
 
-    The weight is decoded for every pass, and again for the backward pass, so that no dense weight is kept.
+    What is trained is a step of each scale relative to its size, 0 at the start, so that one learning rate suits all.
     """
 
     def __init__(self, binary: BinaryLinear) -> None:
         super().__init__()
-        if binary.form.scale_dtype == "int8":
-            raise ValueError("int8 scales cannot be trained: binarize with scale_dtype='float16'")
         self.binary = binary
         self.in_features, self.out_features = binary.in_features, binary.out_features
-        self.scales = nn.ParameterDict(
-            {name: nn.Parameter(binary.packed[name].detach().float()) for name in SCALES if name in binary.packed}
-        )
+        self._form = replace(binary.form, scale_dtype="float32")
+        packed = pack(replace(binary.binary_weight(), form=self._form))
+        names = [name for name in SCALES if name in packed]
+        for name in names:
+            self.register_buffer(f"start_{name}", packed[name], persistent=False)
+        self.steps = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(packed[name])) for name in names})
 
     @property
     def weight(self) -> Tensor:
         """The first plane: where adapters look for the device."""
         return self.binary.packed["weight"]
 
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors, with the scales as they are now, in float32."""
+        kept = {name: tensor for name, tensor in self.binary.packed.items() if name in self._form.tensors()}
+        return kept | {name: self._scale(name, step) for name, step in self.steps.items()}
+
+    def _scale(self, name: str, step: Tensor) -> Tensor:
+        start = self.get_buffer(f"start_{name}")
+        unit = start.abs()
+        if name == "row_parameters" and self._form.mean_slots:  # means may be 0: their unit is the scales' beside them
+            scales = self._form.scale_slots
+            unit[:, scales:] = unit[:, :scales].mean(1, keepdim=True)
+        return torch.addcmul(start, unit, step)
+
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        names = list(self.scales)
-        out = checkpoint(self._linear, flat, names, *(self.scales[name] for name in names), use_reentrant=False)
-        out = out.reshape(*x.shape[:-1], self.out_features)
+        out = binary_linear(x, self.packed(), self._form)
         return out if self.binary.bias is None else out + self.binary.bias.to(out.dtype)
 
-    def _linear(self, x: Tensor, names: list[str], *scales: Tensor) -> Tensor:
-        return reference.linear(x, self.binary.packed | dict(zip(names, scales, strict=True)), self.binary.form)
-
     @torch.no_grad()
-    def frozen(self) -> BinaryLinear:
-        """The binary layer, with the trained scales rounded to their stored type."""
-        for name, scale in self.scales.items():
-            rounded = scale.to(SCALE_DTYPES[self.binary.form.scale_dtype]) + 0.0  # the format knows no -0.0
-            if not bool(torch.isfinite(rounded).all()):
-                raise ValueError(f"{name} no longer fits {self.binary.form.scale_dtype}: train with a lower rate")
-            getattr(self.binary, name).copy_(rounded)
-        return self.binary
+    def stored(self) -> dict[str, Tensor]:
+        """The packed tensors in the layer's own form: the trained scales rounded to their stored type.
+
+        Raises:
+            ArbCalibrationError: that type cannot hold them.
+        """
+        return pack(replace(unpack(self.packed(), self._form), form=self.binary.form))
 
 
 def unfreeze_scales(model: nn.Module) -> list[nn.Parameter]:
-    """In place: make the scales of all binary layers float32 and trainable; returns them, for an optimizer.
+    """In place: make the scales of all binary layers trainable, in float32; returns their steps, for an optimizer.
 
     Raises:
-        ValueError: scales are stored as int8, or there are no binary layers.
+        ValueError: there are no binary layers.
     """
     layers = binary_modules(model)
     if not layers:
         raise ValueError("this model has no binary layers")
-    scaled = {name: ScaledLinear(layer) for name, layer in layers.items()}  # all are made before any is replaced
+    scaled = {name: ScaledLinear(layer) for name, layer in layers.items()}
     for name, layer in scaled.items():
         model.set_submodule(name, layer)
-    return [parameter for layer in scaled.values() for parameter in layer.scales.values()]
+    return [step for layer in scaled.values() for step in layer.steps.values()]
 
 
 def freeze_scales(model: nn.Module) -> None:
-    """In place: undo :func:`unfreeze_scales`, keeping what was trained.
+    """In place: undo :func:`unfreeze_scales`, keeping what was trained, rounded to the stored type.
 
     Raises:
-        ValueError: a scale left the range of its stored type; nothing is replaced.
+        ValueError: scales left the range of that type; the error names the layer, and nothing is replaced.
     """
     scaled = {name: module for name, module in model.named_modules() if isinstance(module, ScaledLinear)}
-    frozen = {name: layer.frozen() for name, layer in scaled.items()}
-    for name, layer in frozen.items():
-        model.set_submodule(name, layer)
+    stored = {}
+    for name, layer in scaled.items():
+        try:
+            stored[name] = layer.stored()
+        except ArbCalibrationError as error:
+            raise ValueError(f"{name} after training: {error}; or train with a lower rate") from error
+    for name, layer in scaled.items():
+        layer.binary.load_state_dict(stored[name], strict=False, assign=True)
+        model.set_submodule(name, layer.binary)

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from arb_hf import kernels, native
 from arb_hf.binarize.weight import BinaryWeight
 from arb_hf.errors import ArbFormatError
 from arb_hf.form import SCALE_DTYPES, BinaryForm
-from arb_hf.kernels import cpu, reference
+from arb_hf.kernels import cpu, gradients, reference
 from arb_hf.nn.linear import BinaryLinear
 from arb_hf.packing import pack, unpack
 
@@ -272,6 +273,42 @@ class TestOperator:
         upstream = activations(2, 5, 20)
         layer(x).backward(upstream)
         torch.testing.assert_close(x.grad, upstream @ weight.rounded().dequantize(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    def test_gradients_of_the_scales(
+        self, form: tuple[int, int, bool], dtype: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those of the dense weight, which torch derives from its decoding."""
+        monkeypatch.setattr(gradients, "TILE_ROWS", 32)
+        names = ("row_parameters", "column_scales", "salient_column_scales")
+        for seed, (n, m, block) in enumerate(SHAPES):
+            weight = random_weight((n, m), block, form, dtype, seed)
+            tensors, x, upstream = pack(weight), activations(2, 3, m), activations(2, 3, n)
+            scales = {
+                name: tensors[name].to(torch.float32, copy=True).requires_grad_() for name in names if name in tensors
+            }
+            in_float32 = replace(weight.form, scale_dtype="float32")
+            (upstream * (x @ unpack(tensors | scales, in_float32).dequantize().T)).sum().backward()
+            stored = {name: tensors[name].clone().requires_grad_() for name in scales}
+            kernels.binary_linear(x, tensors | stored, weight.form).backward(upstream)
+            for name, scale in scales.items():
+                found = stored[name].grad
+                expected = torch.zeros_like(scale) if scale.grad is None else scale.grad
+                assert found is not None and found.dtype == tensors[name].dtype
+                tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 1e-2, "atol": 1e-3}
+                torch.testing.assert_close(found.float(), expected, **tolerance)
+
+    def test_gradients_that_nobody_wants_cost_nothing(self) -> None:
+        weight = random_weight((20, 140), 64, (2, 2, True), "float32")
+        tensors = pack(weight)
+        out = kernels.binary_linear(activations(3, 140).requires_grad_(), tensors, weight.form)
+        assert not any(each.shape == (3, 140) for each in out.grad_fn.saved_tensors if each is not None)
+        tensors["column_scales"].requires_grad_()
+        x = activations(3, 140)
+        kernels.binary_linear(x, tensors, weight.form).sum().backward()
+        assert x.grad is None and tensors["row_parameters"].grad is None
+        assert tensors["column_scales"].grad is not None
 
     @pytest.mark.parametrize("shape", [(300,), (3, 300), (2, 3, 300), (0, 300)])
     def test_leading_dimensions(self, shape: tuple[int, ...]) -> None:

@@ -49,6 +49,12 @@ def train(model, parameters, steps=8, rate=1e-2):
     return losses
 
 
+def random_layer(method, scale_dtype):
+    options = arb_hf.ArbConfig(method=method, scale_dtype=scale_dtype, block_size=32, iterations=2).options()
+    weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    return arb_hf.nn.BinaryLinear.from_binary_weight(arb_hf.binarize_weight(weight, None, options))
+
+
 def logits(model):
     with torch.no_grad():
         return model(byte_tokens(1, 16, seed=2)).logits
@@ -129,39 +135,46 @@ def test_scales_and_adapters_train_together(model):
 
 
 @pytest.mark.parametrize("method", ["arb-rc", "arb"])
-@pytest.mark.parametrize("group_bitmap", [True, False])
-def test_gradients_of_scales(method, group_bitmap):
-    options = {"method": method, "block_size": 32, "iterations": 2, "group_bitmap": group_bitmap}
-    generator = torch.Generator().manual_seed(0)
-    weight = arb_hf.binarize_weight(
-        torch.randn(3, 40, generator=generator), None, arb_hf.ArbConfig(scale_dtype="float32", **options).options()
-    )
-    layer = lora.ScaledLinear(arb_hf.nn.BinaryLinear.from_binary_weight(weight))
-    x = torch.randn(5, 40, generator=generator)
-    layer(x).square().sum().backward()
-    step = 1e-2
-    for parameter in layer.scales.values():
-        flat, gradient = parameter.detach().view(-1), parameter.grad.view(-1)
-        for index in (0, flat.numel() // 2, flat.numel() - 1):
-            value = flat[index].item()
-            sums = []
-            for sign in (1, -1):
-                flat[index] = value + sign * step
-                sums.append(layer(x).double().square().sum().item())
-            flat[index] = value
-            assert (sums[0] - sums[1]) / (2 * step) == pytest.approx(gradient[index].item(), rel=1e-2, abs=1e-2)
+def test_a_step_is_relative_to_the_scale(method):
+    layer = random_layer(method, "float16")
+    scaled = lora.ScaledLinear(layer)
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(scaled(x), layer(x))
+    with torch.no_grad():
+        scaled.steps["row_parameters"] += 0.5
+    scales = layer.form.scale_slots
+    before, after = layer.row_parameters.float(), scaled.stored()["row_parameters"].float()
+    torch.testing.assert_close(after[:, :scales], 1.5 * before[:, :scales], rtol=1e-3, atol=1e-6)
+    moved = 0.5 * before[:, :scales].mean(1, keepdim=True).expand_as(before[:, scales:])  # means, which may be 0
+    torch.testing.assert_close(after[:, scales:] - before[:, scales:], moved, rtol=1e-2, atol=1e-3)
 
 
-def test_int8_scales_are_refused():
-    weight = arb_hf.binarize_weight(
-        torch.randn(4, 64, generator=torch.Generator().manual_seed(0)),
-        None,
-        arb_hf.ArbConfig(scale_dtype="int8").options(),
-    )
-    model = torch.nn.Sequential(arb_hf.nn.BinaryLinear.from_binary_weight(weight))
-    with pytest.raises(ValueError, match="int8 scales cannot be trained"):
-        lora.unfreeze_scales(model)
-    assert isinstance(model[0], arb_hf.nn.BinaryLinear)
+def test_scales_that_no_longer_fit_are_refused_by_layer(model):
+    planes = {name: module.packed for name, module in arb_hf.checkpoint.binary_modules(model).items()}
+    steps = lora.unfreeze_scales(model)
+    with torch.no_grad():
+        steps[-1] += 1e6
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj after training: .* lower rate"):
+        lora.freeze_scales(model)
+    scaled = {name: each for name, each in model.named_modules() if isinstance(each, lora.ScaledLinear)}
+    assert scaled.keys() == planes.keys()
+    for name, each in scaled.items():
+        assert all(torch.equal(tensor, planes[name][key]) for key, tensor in each.binary.packed.items())
+
+
+def test_int8_scales_train_too(packed, tmp_path):
+    dense = packed.parent / "dense"
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), num_samples=4, block_size=32, iterations=2, scale_dtype="int8")
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    before = logits(model)
+    losses = train(model, lora.unfreeze_scales(model), rate=3e-2)
+    assert losses[-1] < losses[0]
+    trained = logits(model)
+    lora.freeze_scales(model)
+    change = (trained - before).norm()
+    assert (logits(model) - trained).norm() < 0.1 * change
+    arb_hf.save_pretrained(model, None, tmp_path)
+    torch.testing.assert_close(logits(arb_hf.from_pretrained(tmp_path)), logits(model), rtol=0, atol=0)
 
 
 def test_a_dense_model_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import native
 from ..form import SCALE_DTYPES, BinaryForm
 from . import cpu, reference
+from .gradients import scale_gradients
 
 NAMESPACE = "arb_hf"
 VARIABLE = "ARB_HF_KERNEL"
@@ -69,7 +70,7 @@ def form_of(tensors: dict[str, Tensor], in_features: int, salient_count: int, bl
 
 
 def binary_linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
-    """``x @ W^T`` for ``x [..., in_features]``; differentiable with respect to ``x``."""
+    """``x @ W^T`` for ``x [..., in_features]``; differentiable with respect to ``x`` and to floating-point scales."""
     return torch.ops.arb_hf.binary_linear(
         x,
         *(tensors[name] for name in REQUIRED),
@@ -157,13 +158,25 @@ def _linear_transposed_shape(gradient: Tensor, *arguments) -> Tensor:
 
 
 def _remember(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[1 : 1 + len(REQUIRED + OPTIONAL)])
+    ctx.scales = any(ctx.needs_input_grad[1:])
+    ctx.save_for_backward(inputs[0] if ctx.scales else None, *inputs[1 : 1 + len(REQUIRED + OPTIONAL)])
     ctx.sizes = inputs[1 + len(REQUIRED + OPTIONAL) :]
 
 
 def _backward(ctx, gradient: Tensor):
-    back = torch.ops.arb_hf.binary_linear_transposed(gradient, *ctx.saved_tensors, *ctx.sizes)
-    return (back,) + (None,) * (len(REQUIRED + OPTIONAL) + len(ctx.sizes))
+    x, *given = ctx.saved_tensors
+    wanted, back, scales = ctx.needs_input_grad, None, {}
+    if wanted[0]:
+        back = torch.ops.arb_hf.binary_linear_transposed(gradient, *given, *ctx.sizes)
+    if ctx.scales:
+        tensors = {name: each for name, each in zip(REQUIRED + OPTIONAL, given, strict=True) if each is not None}
+        flat = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        scales = scale_gradients(*flat, tensors, form_of(tensors, *ctx.sizes))
+    of_tensors = (
+        scales[name].to(each.dtype) if need and name in scales else None
+        for name, each, need in zip(REQUIRED + OPTIONAL, given, wanted[1:], strict=False)
+    )
+    return back, *of_tensors, *(None for _ in ctx.sizes)
 
 
 torch.library.register_autograd("arb_hf::binary_linear", _backward, setup_context=_remember, lib=_library)
