@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import binary_modules
 from .errors import ArbCalibrationError
+from .hub import load_report
 from .kernels import binary_linear
 from .nn import BinaryLinear
 from .packing import pack, unpack
@@ -185,6 +186,8 @@ def unfreeze_scales(model: nn.Module) -> list[nn.Parameter]:
 def freeze_scales(model: nn.Module) -> None:
     """In place: undo :func:`unfreeze_scales`, keeping what was trained, rounded to the stored type.
 
+    The model's report loses its quality figures, which were of other scales, and says that these were trained.
+
     Raises:
         ValueError: scales left the range of that type; the error names the layer, and nothing is replaced.
     """
@@ -198,3 +201,9 @@ def freeze_scales(model: nn.Module) -> None:
     for name, layer in scaled.items():
         layer.binary.load_state_dict(stored[name], strict=False, assign=True)
         model.set_submodule(name, layer.binary)
+    owners: list[Any] = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    for owner in owners:
+        report = getattr(owner, "arb_report", None) or load_report(owner.name_or_path or "", local_files_only=True)
+        if report is not None:
+            report.measurements, report.scales_trained = [], True
+            owner.arb_report = report

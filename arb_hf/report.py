@@ -96,6 +96,7 @@ class ArbReport:
         stages: seconds spent per stage of the run.
         versions: of the packages that took part.
         measurements: quality figures, added by :meth:`add`.
+        scales_trained: the scales were trained afterwards; ``matrices`` and ``tuned`` tell of the time before.
     """
 
     config: dict[str, Any]
@@ -108,6 +109,7 @@ class ArbReport:
     measurements: list[Measurement] = field(default_factory=list)
     coverage: Coverage | None = None
     tuned: list[TuneRecord] = field(default_factory=list)
+    scales_trained: bool = False
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ArbReport:
@@ -128,6 +130,7 @@ class ArbReport:
                 measurements=[_known(Measurement, each) for each in data.get("measurements", [])],
                 coverage=Coverage.from_dict(data["coverage"]) if data.get("coverage") else None,
                 tuned=[_known(TuneRecord, each) for each in data.get("tuned", [])],
+                scales_trained=bool(data.get("scales_trained")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArbFormatError(f"not a report of an arb_hf run: {type(error).__name__}: {error}") from error
@@ -185,6 +188,7 @@ class ArbReport:
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "starved": len(self.starved),
             "tuned": [dataclasses.asdict(each) for each in self.tuned],
+            "scales_trained": self.scales_trained,
             "matrices": [each.row() for each in self.matrices],
         }
 

@@ -1,10 +1,11 @@
-"""Recover quality of a packed model by a short fine-tune: LoRA adapters, and optionally its own scales.
+"""Recover quality of a packed model by a short fine-tune: LoRA adapters beside it, or its own scales.
 
     python examples/lora_recovery.py ./model-arb-rc --steps 60 --out adapter
-    python examples/lora_recovery.py ./model-arb-rc --scales --out model-tuned
+    python examples/lora_recovery.py ./model-arb-rc --scales --teacher ./model --out model-tuned
 
-Trains on ``--train`` and measures on ``--text``, which must be another text. With ``--scales`` the packed model changes
-too and is written with its adapter beside it.
+Trains on ``--train`` and measures on ``--text``, which must be another text. Adapters add to the model; with
+``--scales`` it stays one packed model of the same bits. With ``--teacher`` it learns the original's predictions, without
+it the text's next tokens, which also makes it better at this kind of text than the original may be.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
 import arb_hf.lora
@@ -23,17 +24,33 @@ from arb_hf.evaluate import evaluation_windows, perplexity
 DATA = Path(__file__).parent / "data"
 
 
-def train(model: torch.nn.Module, windows: torch.Tensor, steps: int, batch: int, rate: float) -> None:
-    """Plain next-token training with Adam and a cosine from ``rate`` to 0, on windows drawn with a seed of its own."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+def loss_of(model: torch.nn.Module, ids: torch.Tensor, teacher: torch.nn.Module | None) -> torch.Tensor:
+    """Per token: the divergence from the teacher's predictions, or without one the negative log-likelihood."""
+    if teacher is None:
+        return model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids).logits.log_softmax(-1).flatten(0, 1)
+    found = model(input_ids=ids).logits.log_softmax(-1).flatten(0, 1)
+    return torch.nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+def train(
+    model: torch.nn.Module,
+    parameters: list[torch.nn.Parameter],
+    windows: torch.Tensor,
+    arguments: argparse.Namespace,
+    teacher: torch.nn.Module | None,
+) -> None:
+    """Adam and a cosine from the rate to 0, on windows drawn with a seed of its own."""
+    steps = 3 if arguments.quick else arguments.steps
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     model.train()
     start = time.perf_counter()
     for step in range(1, steps + 1):
-        ids = windows[torch.randint(len(windows), (batch,), generator=generator)]
-        loss = model(input_ids=ids, labels=ids).loss
+        ids = windows[torch.randint(len(windows), (arguments.batch,), generator=generator)]
+        loss = loss_of(model, ids, teacher)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -56,38 +73,39 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--scales", action="store_true", help="train the scales of the binary layers too")
-    parser.add_argument("--out", help="folder for the adapter (with --scales: and the model)")
+    parser.add_argument("--scales", action="store_true", help="train the scales of the binary layers, not adapters")
+    parser.add_argument("--teacher", help="the original, to learn its predictions instead of the text")
+    parser.add_argument("--out", help="folder for the adapter (with --scales: the model)")
     parser.add_argument("--quick", action="store_true", help="three steps")
     arguments = parser.parse_args()
 
-    model = arb_hf.from_pretrained(arguments.model, dtype=torch.float32)
-    if arguments.scales and model.config.quantization_config.scale_dtype == "int8":
-        parser.error(
-            f"--scales: {arguments.model} has int8 scales, which cannot be trained; binarize with float16 ones"
-        )
+    model = arb_hf.from_pretrained(arguments.model, dtype=torch.float32).requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     measured = evaluation_windows(tokenizer, arguments.text, arguments.eval_length, arguments.eval_windows)
     windows = evaluation_windows(tokenizer, arguments.train, arguments.length)
     before = perplexity(model, measured)
     print(f"perplexity before: {before:.2f}", flush=True)
+    teacher = None
+    if arguments.teacher:
+        teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype=torch.float32).eval()
+        print(f"perplexity of the teacher: {perplexity(teacher, measured):.2f}", flush=True)
 
-    adapted = arb_hf.lora.add_lora(model, r=arguments.rank, lora_alpha=2 * arguments.rank)
     if arguments.scales:
-        arb_hf.lora.unfreeze_scales(adapted)
-    train(adapted, windows, 3 if arguments.quick else arguments.steps, arguments.batch, arguments.rate)
-    if arguments.scales:
-        arb_hf.lora.freeze_scales(adapted)
-    print(f"perplexity after: {perplexity(adapted, measured):.2f} (before: {before:.2f})")
+        parameters = arb_hf.lora.unfreeze_scales(model)
+        train(model, parameters, windows, arguments, teacher)
+        arb_hf.lora.freeze_scales(model)
+    else:
+        model = arb_hf.lora.add_lora(model, r=arguments.rank, lora_alpha=2 * arguments.rank)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        train(model, parameters, windows, arguments, teacher)
+    print(f"perplexity after: {perplexity(model, measured):.2f} (before: {before:.2f})")
 
     if arguments.out:
-        folder = Path(arguments.out)
         if arguments.scales:
-            adapted.save_pretrained(folder / "adapter")
-            arb_hf.save_pretrained(adapted.unload(), tokenizer, folder)
+            arb_hf.save_pretrained(model, tokenizer, arguments.out)
         else:
-            adapted.save_pretrained(folder)
-        print(f"written to {folder}")
+            model.save_pretrained(arguments.out)
+        print(f"written to {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import arb_hf
 from byte_model import save_byte_model
@@ -54,10 +54,17 @@ def test_quantize_then_load_then_recover(example, here):
     options += ("--length", 32, "--rank", 2, "--eval-windows", 2, "--quick")
     assert "perplexity after" in example("lora_recovery", here / "packed", *options, "--out", here / "adapter")
     assert (here / "adapter" / "adapter_config.json").exists()
-    example("lora_recovery", here / "packed", *options, "--scales", "--out", here / "tuned")
-    tuned = arb_hf.from_pretrained(here / "tuned")
-    lora = importlib.import_module("arb_hf.lora")
-    assert lora.load_lora(tuned, here / "tuned" / "adapter").active_adapter == "default"
+    options += ("--teacher", here / "dense", "--scales", "--out", here / "tuned")
+    assert "perplexity of the teacher" in example("lora_recovery", here / "packed", *options)
+    assert (here / "tuned" / "model.safetensors").stat().st_size == (
+        here / "packed" / "model.safetensors"
+    ).stat().st_size
+    before, after = (arb_hf.from_pretrained(here / name).state_dict() for name in ("packed", "tuned"))
+    assert {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])} == {
+        "row_parameters",
+        "column_scales",
+        "salient_column_scales",
+    }
 
 
 def test_compare_methods(example, here):

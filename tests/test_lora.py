@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import arb_hf
+from arb_hf.report import Measurement
 from byte_model import byte_tokens, save_byte_model
 
 pytest.importorskip("peft")
@@ -122,6 +124,27 @@ def test_scales_train_and_go_back_into_the_format(model, tmp_path):
     assert not torch.allclose(logits(model), before, rtol=0.05, atol=5e-3)
     arb_hf.save_pretrained(model, None, tmp_path)
     torch.testing.assert_close(logits(arb_hf.from_pretrained(tmp_path)), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("load", [arb_hf.from_pretrained, AutoModelForCausalLM.from_pretrained])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_figures_of_other_scales_are_not_published(packed, tmp_path, load, adapters):
+    folder = tmp_path / "measured"
+    shutil.copytree(packed, folder)
+    report = arb_hf.load_report(folder)
+    report.add(Measurement("perplexity", "wikitext2", "a test", 12.5))
+    report.to_json(folder / "arb_report.json")
+    arb_hf.save_pretrained(load(folder), None, tmp_path / "same")
+    assert "12.5" in (tmp_path / "same" / "README.md").read_text()
+    model = load(folder)
+    trained = lora.add_lora(model, r=2) if adapters else model
+    lora.unfreeze_scales(trained)
+    lora.freeze_scales(trained)
+    model = trained.unload() if adapters else model
+    arb_hf.save_pretrained(model, None, tmp_path / "trained")
+    card = (tmp_path / "trained" / "README.md").read_text()
+    assert "12.5" not in card and "The scales of the binary layers were trained afterwards." in card
+    assert arb_hf.load_report(tmp_path / "trained").scales_trained
 
 
 def test_scales_and_adapters_train_together(model):

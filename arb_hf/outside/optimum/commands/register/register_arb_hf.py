@@ -10,6 +10,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class ArbCommand(BaseOptimumCLICommand):
+    """``arb-hf``'s parser and commands, under the name that optimum gives them."""
+
     COMMAND = CommandInfo(name="arb", help="Make, measure and publish binary language models (arb_hf).")
 
     @staticmethod
