@@ -5,9 +5,9 @@
     model.save_pretrained("adapter")                                             # the adapter alone
     model = arb_hf.lora.load_lora(arb_hf.from_pretrained("me/model-arb"), "adapter")
 
-Only the adapters are trained. To train the scales of the binary layers too, call :func:`unfreeze_scales` after
-:func:`add_lora`, and :func:`freeze_scales` when done: the scales are rounded to their stored type, the model is an
-ordinary packed model again, and has to be saved with its adapter, which belongs to it.
+Only the adapters are trained. To train the scales of the binary layers, alone or after :func:`add_lora` with adapters,
+call :func:`unfreeze_scales`, and :func:`freeze_scales` when done: the scales are rounded to their stored type, and the
+model is an ordinary packed model of the same bits again. An adapter trained with it belongs to it: save both.
 
 Needs PEFT: ``pip install 'arb_hf[lora]'``.
 """
