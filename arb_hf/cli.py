@@ -26,7 +26,7 @@ from . import evaluate as evaluation
 from .calibrate.data import load_tokenizer
 from .config import ArbConfig
 from .export import export_dense, export_gguf
-from .hub import from_pretrained, load_report, push_folder, save_pretrained, write_card
+from .hub import from_pretrained, load_report, push_folder, require_there, save_pretrained, write_card
 from .inspection import bits_per_weight, summary
 from .light.headers import inspect_folder
 from .report import REPORT_FILE, ArbReport, Measurement, plot_comparison
@@ -53,7 +53,11 @@ def quantize(args: argparse.Namespace) -> Said:
         args.usage_error(str(error))
     _refuse_existing(args, out)
     _refuse_quantized(args.model)
-    _require_writable(out, args.model)
+    with _writable(out, args.model):
+        return _quantize(args, config, dtype, out)
+
+
+def _quantize(args: argparse.Namespace, config: ArbConfig, dtype: Any, out: Path) -> Said:
     tokenizer = _tokenizer(args.model)
     windows = None
     if args.evaluate:
@@ -112,6 +116,9 @@ def compare(args: argparse.Namespace) -> Said:
         rows.append((key, *(each["options"].get(key) for each in summaries)))
     rows.append(("bits per weight", *(each["bits_per_weight"] for each in summaries)))
     rows.append(("MB", *(each["bytes"] / 1e6 for each in summaries)))
+    losses = [None if each is None else each.held_out_loss for each in reports]
+    rows.append(("tuning: held-out loss before", *(each and each[0] for each in losses)))
+    rows.append(("tuning: held-out loss after", *(each and each[1] for each in losses)))
     rows.append(("output error", *(None if each is None else each.output_error for each in reports)))
     errors = [{} if each is None else each.errors_by_kind() for each in reports]
     rows += [(f"  {kind}", *(each.get(kind) for each in errors)) for kind in errors[0] | errors[1]]
@@ -214,6 +221,8 @@ def _dtype(args: argparse.Namespace) -> Any:
 def _refuse_existing(args: argparse.Namespace, out: Path) -> None:
     if (out / "config.json").exists():
         args.usage_error(f"{out} holds a model already; name another folder, or remove it")
+    if out.is_file():
+        args.usage_error(f"{out} is a file already; name another, or remove it")
 
 
 def _load(model: str, dtype: Any, device_map: str | None, **kwargs: Any) -> PreTrainedModel:
@@ -231,8 +240,13 @@ def _refuse_quantized(model: str) -> None:
         raise ValueError(f"{model} is quantized already (quant_method {method!r}): quantize its original")
 
 
-def _require_writable(out: Path, model: str) -> None:
-    """Make the folder to write, before hours of work; it needs an eighth of the original at least, two bits of 16."""
+@contextmanager
+def _writable(out: Path, model: str) -> Iterator[None]:
+    """Make the folder to write, before hours of work; it needs an eighth of the original at least, two bits of 16.
+
+    If the work then fails, a folder that was made for it and is still empty goes.
+    """
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -245,18 +259,27 @@ def _require_writable(out: Path, model: str) -> None:
         raise OSError(
             f"the disk of {out} has {free / 1e6:.1f} MB free, too little for what becomes of {original / 1e6:.1f} MB"
         )
+    try:
+        yield
+    except BaseException:
+        if made and not any(out.iterdir()):
+            out.rmdir()
+        raise
 
 
 @contextmanager
 def _naming(model: str) -> Iterator[None]:
     """Errors of loading that name what was asked for: transformers' own do not always."""
+    require_there(model)
     try:
         yield
     except OSError as error:
-        raise OSError(f"{model} does not load: {error}") from error
+        nor_here = "" if os.path.isdir(model) else f" (nor is there a folder {model} here)"
+        raise OSError(f"{model} does not load{nor_here}: {error}") from error
 
 
 def _tokenizer(model: str) -> Any:
+    require_there(model)
     try:
         return load_tokenizer(model)
     except Exception as error:  # a model may come without one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
@@ -26,6 +28,8 @@ from .report import REPORT_FILE, ArbReport
 logger = logging.getLogger(__name__)
 README = "README.md"
 
+HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")  # the owner is missing of the oldest models
+
 
 def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load a packed model from a folder or the Hub, and refuse anything missing, unexpected or inconsistent.
@@ -37,7 +41,9 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedMod
 
     Raises:
         ArbFormatError: the model is not packed by arb_hf, or its files and config do not agree.
+        OSError: there is no such model.
     """
+    require_there(model_id)
     hub_arguments = {
         key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in kwargs
     }
@@ -57,6 +63,16 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedMod
     if report is not None:
         model.arb_report = report
     return model
+
+
+def require_there(model_id: str | os.PathLike) -> None:
+    """A name that can only be a folder's must be one: the Hub's answer to it would mislead.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    if not os.path.isdir(model_id) and not HUB_NAME.fullmatch(str(model_id)):
+        raise FileNotFoundError(f"there is no folder {model_id}")
 
 
 def _config(model_id: str | os.PathLike, **kwargs: Any) -> Any:
@@ -230,8 +246,9 @@ def push_to_hub(
 
     Raises:
         ArbUploadError: the upload failed; the folder with everything to push stays, and the message names it.
-        ValueError: the model has no binary layers.
+        ValueError: the model has no binary layers, or the Hub allows no such name.
     """
+    validate_repo_id(repo_id)
     folder = tempfile.mkdtemp(prefix="arb_hf-push-")
     try:
         save_pretrained(model, tokenizer, folder, repo_id, base_model, **kwargs)
@@ -257,6 +274,7 @@ def push_folder(
 
     The card is written anew, and a README that was edited by hand is kept: in the folder, and in the repository.
     """
+    validate_repo_id(repo_id)
     model_card(folder)  # refuses what is not a packed model, before anything is created
     api = HfApi(token=token)
     try:

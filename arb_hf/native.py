@@ -16,6 +16,7 @@ import torch  # noqa: F401  (first: the library shares torch's OpenMP, its threa
 ISA_VARIABLE = "ARB_HF_CPU_ISA"
 ISAS = ("plain", "avx2", "avx512")  # in rising order; csrc/native.h knows the same numbers
 SUFFIXES = (".so", ".dylib", ".pyd")
+CURE = "install a C compiler (gcc or clang, with OpenMP) and install arb_hf again"
 
 
 @functools.cache
@@ -35,8 +36,7 @@ def require() -> ctypes.CDLL:
     found = library()
     if found is None:
         raise RuntimeError(
-            f"arb_hf's C library is not in {Path(__file__).parent}: it was built without a C compiler. "
-            "Install one (gcc or clang, with OpenMP) and run `python -m pip install -e .`, or reinstall arb_hf"
+            f"arb_hf's C library is not in {Path(__file__).parent}: it was built without a C compiler; {CURE}"
         )
     return found
 

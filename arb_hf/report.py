@@ -165,6 +165,16 @@ class ArbReport:
         return _mean_error(self.matrices)
 
     @property
+    def held_out_loss(self) -> tuple[float, float] | None:
+        """Mean loss of the tuned decoder layers on held-out calibration text, before and after; None without any."""
+        if not self.tuned:
+            return None
+        before, after = (
+            sum(losses) for losses in zip(*((each.before, each.after) for each in self.tuned), strict=True)
+        )
+        return before / len(self.tuned), after / len(self.tuned)
+
+    @property
     def starved(self) -> list[MatrixRecord]:
         """Matrices of experts that too few calibration tokens reached: they borrowed from the others' tokens."""
         return [each for each in self.matrices if each.borrowed > 0]
@@ -251,9 +261,8 @@ class ArbReport:
         lines.append(
             f"{'all':<28}{len(self.matrices):>6}{'':>16}{self.output_error:>14.4f}{self.bits_per_weight:>13.3f}"
         )
-        if self.tuned:
-            before = sum(each.before for each in self.tuned) / len(self.tuned)
-            after = sum(each.after for each in self.tuned) / len(self.tuned)
+        if self.held_out_loss:
+            before, after = self.held_out_loss
             lines.append(f"tuned: {len(self.tuned)} decoder layers, held-out loss {before:.4f} -> {after:.4f}")
         return "\n".join(lines)
 

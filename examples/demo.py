@@ -20,6 +20,7 @@ from transformers.utils import logging
 import arb_hf
 from arb_hf import ArbConfig
 from arb_hf.evaluate import perplexity
+from arb_hf.report import Measurement
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent / ".cache"
@@ -81,6 +82,7 @@ def main() -> None:
     before = perplexity(dense, tokenizer, **text)
     del dense
 
+    print("Binarizing: one to two minutes on two idle cores ...", flush=True)
     start = time.perf_counter()
     config = ArbConfig(
         refinement="full",
@@ -98,9 +100,11 @@ def main() -> None:
     print(f"\n{model.arb_report.table()}\n\n{arb_hf.summary(model)}\n")
     print(f"Binarized in {seconds:.0f} s. Perplexity on held-out text: {before:.1f} before, {after:.1f} after.")
 
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    protocol = f"{windows} windows of 512 tokens, float32"
+    model.arb_report.add(Measurement("perplexity", "wikitext2.heldout.raw", protocol, after, before))
+    arb_hf.save_pretrained(model, tokenizer, arguments.out)
     print(f"On disk: {size_of(source):.1f} MB before (bfloat16), {size_of(arguments.out):.1f} MB after.")
+    print(f"The model, its report and its card are in {arguments.out}")
     print("Reloading in a new process ...", flush=True)
     subprocess.run([sys.executable, "-c", RELOAD, str(arguments.out), PROMPT], check=True)
 

@@ -103,9 +103,10 @@ def main() -> None:
     if arguments.out:
         if arguments.scales:
             arb_hf.save_pretrained(model, tokenizer, arguments.out)
+            print(f"written to {arguments.out}")
         else:
             model.save_pretrained(arguments.out)
-        print(f"written to {arguments.out}")
+            print(f"written to {arguments.out}; arb_hf.lora.load_lora(model, {arguments.out!r}) puts it on the model")
 
 
 if __name__ == "__main__":

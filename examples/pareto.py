@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from protocol import (
     EVALUATION_WINDOWS,
     LENGTH,
+    TEXT_FOLDER,
     binarize,
     calibration_tokens,
     calibration_windows,
+    text_folder,
 )
 
 GROUP = 128
@@ -207,7 +208,7 @@ def plot(rows: list[dict[str, str]], full: float, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model's path or name")
-    parser.add_argument("--data", required=True, type=Path, help="folder with wiki.valid.raw and wiki.test.raw")
+    parser.add_argument("--data", required=True, type=text_folder, help=TEXT_FOLDER)
     parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki")
     parser.add_argument("--csv", type=Path, default=Path("pareto.csv"))
     parser.add_argument("--plot", type=Path, default=Path("pareto.png"))
@@ -235,13 +236,12 @@ def main() -> None:
                 f"{arguments.csv} holds points of another run ({others[0]}), not of ({run}): name another file"
             )
 
-    def add(family: str, name: str, bits: float, value: float, seconds: float) -> None:
+    def add(family: str, name: str, bits: float, value: float) -> None:
         row = {
             "family": family,
             "name": name,
             "bits": f"{bits:.4f}",
             "perplexity": f"{value:.3f}",
-            "seconds": f"{seconds:.0f}",
             "run": run,
         }
         rows.append(row)
@@ -259,16 +259,13 @@ def main() -> None:
             "full precision",
             32,
             perplexity(model, evaluation, sequence_length=LENGTH, max_windows=count),
-            0,
         )
         del model
     for family, name, make in points(arguments):
         if name in known or any(name.lower().startswith(each.lower()) for each in arguments.skip):
             continue
-        start = time.perf_counter()
         model, bits = make(windows)
-        seconds = time.perf_counter() - start
-        add(family, name, bits, perplexity(model, evaluation, sequence_length=LENGTH, max_windows=count), seconds)
+        add(family, name, bits, perplexity(model, evaluation, sequence_length=LENGTH, max_windows=count))
         del model
     full = next(float(row["perplexity"]) for row in rows if row["name"] == "full precision")
     plot(rows, full, arguments.plot)

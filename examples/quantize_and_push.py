@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
@@ -37,16 +36,17 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = evaluation_windows(tokenizer, arguments.text, arguments.length, count)
-    before = perplexity(AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32), windows)
+    before = perplexity(AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto"), windows)
 
     config = ArbConfig(
         refinement="full",
+        scale_dtype="int8",
         tune_steps=arguments.tune_steps,
         dataset=arguments.calibration,
         num_samples=samples,
         sequence_length=arguments.length,
     )
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config, dtype="auto")
     after = perplexity(model, windows)
     protocol = f"{len(windows)} windows of {arguments.length} tokens, {str(model.dtype).removeprefix('torch.')}"
     model.arb_report.add(Measurement("perplexity", Path(arguments.text).name, protocol, after, before))

@@ -134,7 +134,7 @@ TABLE: dict[str, Row] = {
         "calibration sample 0 has token 199, the model's vocabulary has 128: is this the model's own tokenizer?",
     ),
     "a file that does not exist": (
-        lambda p: p.without_pass(dataset="texts.txt"), ArbCalibrationError, "the calibration file texts.txt does not exist",
+        lambda p: p.without_pass(dataset="texts.txt"), ArbCalibrationError, "the text file texts.txt does not exist",
     ),
     "a data set nobody knows": (
         lambda p: p.without_pass(dataset="imagenet"), ArbCalibrationError,

@@ -15,9 +15,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import arb_hf
+from arb_hf import native
 from arb_hf.light import headers
 from arb_hf.light.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser, main
-from arb_hf.report import ArbReport
+from arb_hf.report import ArbReport, TuneRecord
 from byte_model import save_byte_model
 from conftest import fresh_process, words
 
@@ -103,6 +104,27 @@ def test_wrong_options_end_with_2_before_anything_is_loaded(here, options, messa
     assert not (here / "never").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"), [("--refinment", "--refinement"), ("--evalute=x", "--evaluate"), ("--zzz", None)]
+)
+def test_a_mistyped_option_is_told_what_may_have_been_meant(here, option, meant, capsys):
+    with pytest.raises(SystemExit) as caught:
+        quantize(here, "never", option)
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert "usage: arb-hf quantize" in errors and f"unrecognized arguments: {option}" in errors
+    assert (f"did you mean {meant}?" in errors) if meant else ("did you mean" not in errors)
+
+
+def test_a_failed_run_leaves_no_empty_folder(here, capsys):
+    assert quantize(here, "failed", "--num-samples", "4", "--dataset", str(here / "nothing.txt")) == 1
+    assert "nothing.txt does not exist" in capsys.readouterr().err
+    assert not (here / "failed").exists()
+    (here / "own").mkdir()
+    assert quantize(here, "own", "--dataset", str(here / "nothing.txt")) == 1
+    assert (here / "own").exists()
+
+
 def test_quantize_does_not_overwrite_a_model(packed, here, capsys):
     with pytest.raises(SystemExit) as caught:
         quantize(here, "packed")
@@ -117,7 +139,11 @@ def test_quantize_does_not_overwrite_a_model(packed, here, capsys):
         (["push", "nowhere", "me/x"], "nowhere"),
         (["evaluate", "nowhere", "--text", "text.txt"], "nowhere"),
         (["compare", "nowhere", "nowhere"], "nowhere"),
-        (["export", "nowhere", "out", "--to", "dense"], "nowhere"),
+        (["export", "nowhere", "out", "--to", "dense"], "nor is there a folder nowhere here"),
+        (["quantize", "./nowhere", "out"], "there is no folder ./nowhere"),
+        (["evaluate", "./nowhere", "--text", "text.txt"], "there is no folder ./nowhere"),
+        (["export", "/no/where", "out", "--to", "dense"], "there is no folder /no/where"),
+        (["push", "nowhere", "a/b/c"], "Repo id must be"),
     ],
 )
 def test_failures_end_with_1_and_one_line(argv, message, capsys, tmp_path, monkeypatch):
@@ -282,6 +308,22 @@ def test_export_says_what_was_lost(packed, here, capsys):
             main(["export", str(packed), str(out), "--to", "dense"])
         assert caught.value.code == 2
         assert f"{out} holds a model already" in capsys.readouterr().err
+    (here / "file.gguf").write_bytes(b"mine")
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(packed), str(here / "file.gguf"), "--to", "gguf"])
+    assert caught.value.code == 2
+    assert "file.gguf is a file already" in capsys.readouterr().err
+    assert (here / "file.gguf").read_bytes() == b"mine"
+
+
+def test_compare_shows_what_tuning_gave(packed, other, tmp_path, capsys):
+    shutil.copytree(packed, tmp_path / "tuned")
+    report = ArbReport.from_json(packed / "arb_report.json")
+    report.tuned = [TuneRecord(0, 0.5, 0.3, 4, 1.0), TuneRecord(1, 0.7, 0.4, 4, 1.0)]
+    report.to_json(tmp_path / "tuned" / "arb_report.json")
+    rows = {label: values for label, *values in said(capsys, "compare", tmp_path / "tuned", other)["rows"]}
+    assert rows["tuning: held-out loss before"] == [pytest.approx(0.6), None]
+    assert rows["tuning: held-out loss after"] == [pytest.approx(0.35), None]
 
 
 def test_measuring_again_keeps_the_name_of_the_original(packed, here):
@@ -367,11 +409,22 @@ main()
 
 def test_optimum_cli_offers_the_commands(packed):
     pytest.importorskip("optimum.commands.optimum_cli")
-    for argv, expected in ((["--help"], "quantize"), (["inspect", str(packed)], "mlp.down_proj")):
+    for argv, expected in (
+        (["--help"], "quantize"),
+        (["compare", "--help"], "  optimum-cli arb compare ./smol-arb-rc"),
+        (["inspect", str(packed)], "mlp.down_proj"),
+    ):
         code = f"import sys; sys.argv = ['optimum-cli', 'arb', *{argv!r}]\n" + OPTIMUM.format(outside=str(OUTSIDE))
         done = fresh_process(code)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
+
+
+def test_version_tells_of_the_kernels(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    there = "with" if native.library() is not None else "without"
+    assert capsys.readouterr().out == f"arb-hf {arb_hf.__version__}, {there} C kernels\n"
 
 
 def test_help_of_quantize_names_the_values(capsys):
@@ -386,6 +439,7 @@ def test_help_of_quantize_names_the_values(capsys):
         '"model.layers.0": null',
     ):
         assert values in text
+    assert ":mod:" not in text and "`" not in text
 
 
 def test_a_figure_names_the_type_it_was_measured_in(packed, here, capsys):

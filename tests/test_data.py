@@ -105,7 +105,7 @@ def test_masks_mark_padding():
         ),
         (["  "], "the text is empty"),
         ([], "the text is empty"),
-        ("nothing.txt", "the calibration file nothing.txt does not exist"),
+        ("nothing.txt", "the text file nothing.txt does not exist"),
         ("imagenet", "dataset='imagenet' is not known; pass 'c4', 'wikitext2', 'ptb'"),
         ([{"body": "x"}], r"has columns \['body'\]"),
         ([3, 4], "of type int is neither text"),

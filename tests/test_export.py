@@ -122,6 +122,16 @@ def test_gguf_of_the_usual_form_is_dense_and_reads_back_equal(model, tmp_path):
     assert fields["tokenizer.ggml.eos_token_id"] == 0
 
 
+def test_gguf_that_breaks_off_leaves_what_was_there(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"an earlier file")
+    monkeypatch.setattr("arb_hf.export.gguf._add_tensor", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        export_gguf(model, byte_tokenizer(), path)
+    assert path.read_bytes() == b"an earlier file"
+    assert [each.name for each in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_gguf_interleaves_the_rows_of_q_and_k(model, tmp_path):
     """llama.cpp rotates neighbouring rows of a head, transformers row i and i + half."""
     export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", "f32")

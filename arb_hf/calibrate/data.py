@@ -194,7 +194,7 @@ def _read(source: str, split: str) -> list[Any]:
         known = ", ".join([*map(repr, NAMED), *("a path ending in " + suffix for suffix in TEXT_FILES)])
         raise ArbCalibrationError(f"dataset={source!r} is not known; pass {known}, a list or a datasets.Dataset")
     if not path.is_file():
-        raise ArbCalibrationError(f"the calibration file {source} does not exist")
+        raise ArbCalibrationError(f"the text file {source} does not exist")
     if path.suffix == ".parquet":
         return list(_datasets().Dataset.from_parquet(source))
     text = path.read_text(encoding="utf-8")

@@ -82,7 +82,8 @@ def export_gguf(
             if reason:
                 raise ValueError(f"{name} does not have the form Q1_0: {reason}. Export it as auto, f16 or f32")
     places = _places(gguf, architecture.name, model)
-    writer = gguf.GGUFWriter(str(path), architecture.name, use_temp_file=True)
+    unfinished = Path(f"{os.fspath(path)}.unfinished")
+    writer = gguf.GGUFWriter(str(unfinished), architecture.name, use_temp_file=True)
     counts: dict[str, int] = {}
     rounding = Rounding()
     try:
@@ -99,8 +100,11 @@ def export_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+        writer.close()
+        unfinished.replace(path)
     finally:
         writer.close()
+        unfinished.unlink(missing_ok=True)
         if writer.temp_file is not None:
             writer.temp_file.close()
     return Exported(str(path), Path(path).stat().st_size, counts, rounding.relative())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from types import ModuleType
 
@@ -23,6 +24,7 @@ from ..form import SCALE_DTYPES, BinaryForm
 from . import cpu, reference
 from .gradients import scale_gradients
 
+logger = logging.getLogger(__name__)
 NAMESPACE = "arb_hf"
 VARIABLE = "ARB_HF_KERNEL"
 KERNELS = ("auto", "reference", "cpu", "triton")
@@ -102,6 +104,8 @@ def kernel_for(device_type: str) -> ModuleType:
         return cpu
     if wanted == "auto" and device_type == "cuda" and importlib.util.find_spec("triton") is not None:
         return _triton(device_type)
+    if wanted == "auto" and device_type == "cpu":
+        logger.warning("arb_hf was built without its C kernels: generating is many times slower; %s", native.CURE)
     return reference
 
 

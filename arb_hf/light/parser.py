@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import inspect
@@ -11,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .headers import inspect_folder, printable, table
@@ -25,7 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["lm-eval"]:
         return importlib.import_module("arb_hf.cli").lm_eval(argv[1:])
-    return execute(build_parser(argv).parse_args(argv))
+    args, unknown = build_parser(argv).parse_known_args(argv)
+    if unknown:
+        args.usage_error(_unknown(unknown, args.options))
+    return execute(args)
+
+
+def _unknown(arguments: Sequence[str], options: Sequence[str]) -> str:
+    """What is wrong with arguments that a command does not know, and what may have been meant."""
+    text = f"unrecognized arguments: {' '.join(arguments)}"
+    near = [name for each in arguments for name in difflib.get_close_matches(each.partition("=")[0], options, 1)]
+    return f"{text}; did you mean {', '.join(near)}?" if near else text
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -87,23 +99,25 @@ def add_commands(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> A
             name,
             help=help_text,
             description=help_text[0].upper() + help_text[1:] + ".",
-            epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+            epilog=f"examples:\n{examples.replace('arb-hf', parser.prog)}\n\n{EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(usage_error=command.error)
         add_arguments(command)
         if name == "quantize" and list(argv[:1]) == ["quantize"]:
             add_config_options(command)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         command.add_argument("--debug", action="store_true", help="show where an error came from")
+        command.set_defaults(usage_error=command.error, options=tuple(command._option_string_actions))
     return commands
 
 
 def _version() -> str:
     try:
-        return importlib.metadata.version("arb_hf")
+        version = importlib.metadata.version("arb_hf")
     except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
+        version = "(not installed)"
+    built = any(Path(__file__).parent.parent.glob("_native*"))
+    return f"{version}, {'with' if built else 'without'} C kernels"
 
 
 def _quantize(parser: argparse.ArgumentParser) -> None:
@@ -122,10 +136,17 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="packed or dense model: folder or name on the Hub")
     parser.add_argument("--text", help="perplexity on this text: a name (wikitext2, c4, ptb: test split) or a file")
-    parser.add_argument("--items", nargs="+", default=[], metavar="FILE", help="zero-shot accuracy on .jsonl files")
+    parser.add_argument(
+        "--items",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="zero-shot accuracy on .jsonl files, a question a line: "
+        '{"query": "...", "choices": ["...", "..."], "gold": 0}',
+    )
     parser.add_argument("--max-items", type=int, help="only the first so many of each file")
     parser.add_argument("--baseline", metavar="MODEL", help="measure this model too, to compare with")
-    parser.add_argument("--dtype", default="float32", help="auto, float32, bfloat16 or float16 (default: float32)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device-map", help="as for from_pretrained")
     parser.add_argument("--save", action="store_true", help="keep the figures in MODEL's report and model card")
     _windows(parser)
@@ -163,7 +184,11 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("dense", "gguf"), required=True, help="format")
     parser.add_argument("--dtype", default="bfloat16", help="dense: of the weights (default: bfloat16)")
     parser.add_argument(
-        "--type", choices=("auto", "q1_0", "f16", "f32"), default="auto", help="gguf: of the matrices (default: auto)"
+        "--type",
+        choices=("auto", "q1_0", "f16", "f32"),
+        default="auto",
+        help="gguf: of the binary matrices. q1_0: llama.cpp's one bit and one scale per 128 weights, for models that have "
+        "that form exactly; auto: q1_0 where it is exact, else f16 (default: auto)",
     )
     parser.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name for the tokenizer's splitting")
 
@@ -248,7 +273,7 @@ def argument_docs(docstring: str | None) -> dict[str, str]:
         for name in names:
             text = entry[2] if entry else line.strip()
             docs[name] = f"{docs[name]} {text}" if name in docs else text
-    return {name: re.sub(r"[`*]{2}", "", text) for name, text in docs.items()}
+    return {name: re.sub(r":\w+:`~?([^`]*)`", r"\1", re.sub(r"[`*]{2}", "", text)) for name, text in docs.items()}
 
 
 def _json(text: str) -> Any:

@@ -2,8 +2,9 @@
 
     python examples/benchmarks/protocol.py --model MODEL --data FOLDER --method arb-rc --refinement paper full --seeds 0 1 2
 
-FOLDER holds ``wiki.valid.raw`` (calibration), ``wiki.test.raw`` (evaluation) and, for ``--calibration c4``,
-``c4.calib.jsonl`` with a ``text`` field a line. Calibration: 32 windows of 512 tokens of the joined text, starts drawn
+FOLDER holds ``wiki.valid.raw`` (calibration) and ``wiki.test.raw`` (evaluation), the validation and test text of WikiText-2
+raw (``wikitext-2-raw-v1`` of ``Salesforce/wikitext`` on the Hub, its rows joined; or the files of its archive), and, for
+``--calibration c4``, ``c4.calib.jsonl`` with a ``text`` field a line. Calibration: 32 windows of 512 tokens of the joined text, starts drawn
 by a generator seeded with the run's seed. Evaluation: the first 40 non-overlapping windows of 512 tokens, float32;
 perplexity = exp(mean negative log-likelihood of the 511 predicted tokens of each window). The gap is
 log(perplexity) - log(perplexity in full precision).
@@ -29,6 +30,7 @@ from arb_hf.calibrate.data import read_text, tokenize
 from arb_hf.evaluate import perplexity
 
 LENGTH = 512
+TEXT_FOLDER = "folder with wiki.valid.raw and wiki.test.raw, the text of WikiText-2 raw's splits"
 CALIBRATION_WINDOWS = 32
 EVALUATION_WINDOWS = 40
 
@@ -49,6 +51,14 @@ class Run:
         name = " ".join(f"{key}={value}" for key, value in self.options.items()) or "full precision"
         seed = "" if self.seed is None else f"seed {self.seed} "
         return f"{name:90s} {seed}ppl {self.perplexity:9.2f}  gap {self.gap:6.3f}  bits {self.bits_per_weight:6.3f}  {self.seconds:6.0f} s"
+
+
+def text_folder(name: str) -> Path:
+    """``--data``: the two files are there, or argparse says which is not."""
+    missing = [file for file in ("wiki.valid.raw", "wiki.test.raw") if not (Path(name) / file).is_file()]
+    if missing:
+        raise argparse.ArgumentTypeError(f"{name} has no {' and no '.join(missing)}")
+    return Path(name)
 
 
 def calibration_windows(tokens: Tensor, seed: int) -> list[Tensor]:
@@ -85,7 +95,7 @@ def options_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model's path or name")
-    parser.add_argument("--data", required=True, type=Path, help="folder with wiki.valid.raw and wiki.test.raw")
+    parser.add_argument("--data", required=True, type=text_folder, help=TEXT_FOLDER)
     parser.add_argument("--method", nargs="+", default=["arb-rc"])
     parser.add_argument("--refinement", nargs="+", default=["paper", "full"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
