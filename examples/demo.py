@@ -7,6 +7,7 @@ and kept under ``.cache/``; the text is an excerpt of WikiText-2 (``examples/dat
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -104,7 +105,7 @@ def main() -> None:
     model.arb_report.add(Measurement("perplexity", "wikitext2.heldout.raw", protocol, after, before))
     arb_hf.save_pretrained(model, tokenizer, arguments.out)
     print(f"On disk: {size_of(source):.1f} MB before (bfloat16), {size_of(arguments.out):.1f} MB after.")
-    print(f"The model, its report and its card are in {arguments.out}")
+    print(f"The model, its report and its card are in {os.path.relpath(arguments.out)}")
     print("Reloading in a new process ...", flush=True)
     subprocess.run([sys.executable, "-c", RELOAD, str(arguments.out), PROMPT], check=True)
 
