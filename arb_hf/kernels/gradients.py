@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..binarize.weight import decode_columns, decode_rows
 from ..form import BinaryForm
-from ..packing import stored_order, unpack_bits, unpack_mask
-from .reference import TILE_ROWS
+from ..packing import stored_order, unpack_mask
+from .reference import PLANES, TILE_ROWS, in_blocks, plane_bits, plane_signs
 
 
 def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> dict[str, Tensor]:
@@ -29,14 +29,17 @@ def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], for
     for start in range(0, form.out_features, TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, form.out_features))
         tile = _Tile(tensors, form, salient[order], rows, found)
-        dense = gradient[:, rows].to(torch.float32).T @ inputs
+        dense = inputs.T @ gradient[:, rows].to(torch.float32)
         tile.add_ordinary(dense)
         tile.add_salient(dense)
     return found
 
 
 class _Tile:
-    """Some rows of a layer; adds their part to the gradients ``found``. ``salient``: bool ``[m]`` in stored order."""
+    """Some rows of a layer, columns first; adds their part to the gradients ``found``.
+
+    ``salient``: bool ``[m]`` in stored order.
+    """
 
     def __init__(
         self, tensors: dict[str, Tensor], form: BinaryForm, salient: Tensor, rows: slice, found: dict[str, Tensor]
@@ -45,24 +48,22 @@ class _Tile:
         self.parameters = decode_rows(tensors["row_parameters"], None)[:, :, rows]
         self.columns = decode_columns(tensors.get("column_scales"))
         self.extra = decode_columns(tensors.get("salient_column_scales"))
-        self.planes: dict[str, Tensor] = {
-            name: tensors[name][:, rows] for name in ("weight", "second_plane", "salient_groups") if name in tensors
-        }
-        self.signs = _signs(self.planes["weight"], form.in_features)
+        self.planes = {name: tensors[name][:, rows] for name in PLANES if name in tensors}
+        self.signs = plane_signs(self.planes["weight"], form.in_features)
 
     def add_ordinary(self, dense: Tensor) -> None:
-        """All columns at once, in blocks of equal width: salient ones, and what fills the last block, count as 0."""
+        """All columns ``[m, rows]`` at once: salient ones, and what fills the last block, count as 0."""
         form = self.form
-        dense = dense * ~self.salient
-        for group, part in enumerate(_split(dense, self._bits("second_plane", form.groups == 2))):
-            signed = self._blocks(part * self.signs)
+        large = plane_bits(self.planes["second_plane"], form.in_features) if form.groups == 2 else None
+        for group, part in enumerate(_split(dense * ~self.salient[:, None], large)):
+            signed = in_blocks(part * self.signs, form)
             if self.columns is None:
-                self._add_rows(group, signed.sum(2))
-                self._add_rows(form.mean_slot(group), self._blocks(part).sum(2))
+                self._add_rows(group, signed.sum(1))
+                self._add_rows(form.mean_slot(group), in_blocks(part, form).sum(1))
                 continue
-            column = self._blocks(self.columns[group])
-            self._add_rows(group, (signed @ column[:, :, None])[..., 0])
-            of_columns = (self.parameters[:, group, None] @ signed)[:, 0]
+            column = in_blocks(self.columns[group], form)
+            self._add_rows(group, (column[:, None] @ signed)[:, 0])
+            of_columns = (signed @ self.parameters[:, group, :, None])[..., 0]
             self.found["column_scales"][group] += of_columns.flatten()[: form.in_features]
 
     def add_salient(self, dense: Tensor) -> None:
@@ -70,14 +71,11 @@ class _Tile:
         form, count = self.form, self.form.salient_columns
         where = torch.argsort(~self.salient, stable=True)[:count]
         block = where // form.block_size
-        dense, first = dense[:, where], self.signs[:, where]
-        if form.groups == 2:
-            second = _signs(self.planes["second_plane"], form.in_features)[:, where]
-        else:
-            second = _signs(self.planes["second_plane"], count)
-        large = unpack_bits(self.planes["salient_groups"], count) if form.salient_groups == 2 else None
-        for group, part in enumerate(_split(dense, large)):
-            for order, signs in enumerate((first, second)):
+        second = plane_signs(self.planes["second_plane"], count if form.groups == 1 else form.in_features)
+        orders = self.signs[where], second if form.groups == 1 else second[where]
+        large = plane_bits(self.planes["salient_groups"], count) if form.salient_groups == 2 else None
+        for group, part in enumerate(_split(dense[where], large)):
+            for order, signs in enumerate(orders):
                 self._add_salient_term(part * signs, group, order, where, block)
             if self.columns is None:
                 self._add_rows(form.salient_mean_slot(group), self._by_block(part, block))
@@ -87,7 +85,7 @@ class _Tile:
         if self.columns is None:
             self._add_rows(slot, self._by_block(signed, block))
             return
-        of_columns = (signed * self.parameters[block, slot].T).sum(0)
+        of_columns = (signed * self.parameters[block, slot]).sum(1)
         if place < self.form.groups:
             column = self.columns[place, where]
             self.found["column_scales"][place].index_add_(0, where, of_columns)
@@ -95,27 +93,14 @@ class _Tile:
             assert self.extra is not None
             column = self.extra[place - self.form.groups]
             self.found["salient_column_scales"][place - self.form.groups] += of_columns
-        self._add_rows(slot, self._by_block(signed * column, block))
+        self._add_rows(slot, self._by_block(signed * column[:, None], block))
 
     def _add_rows(self, slot: int, part: Tensor) -> None:
         self.found["row_parameters"][:, slot, self.rows] += part
 
     def _by_block(self, part: Tensor, block: Tensor) -> Tensor:
-        """Sums over the columns of each block: ``[rows, c]`` -> ``[blocks, rows]``."""
-        return part.new_zeros(self.form.blocks, part.shape[0]).index_add_(0, block, part.T)
-
-    def _blocks(self, columns: Tensor) -> Tensor:
-        """``[rows, m]`` -> ``[blocks, rows, width]``, or ``[m]`` -> ``[blocks, width]``."""
-        padded = nn.functional.pad(columns, (0, self.form.blocks * self.form.block_size - self.form.in_features))
-        blocks = padded.unflatten(-1, (self.form.blocks, self.form.block_size))
-        return blocks if columns.dim() == 1 else blocks.transpose(0, 1)
-
-    def _bits(self, plane: str, there: bool) -> Tensor | None:
-        return unpack_bits(self.planes[plane], self.form.in_features) if there else None
-
-
-def _signs(words: Tensor, count: int) -> Tensor:
-    return unpack_bits(words, count).to(torch.float32).mul_(2).sub_(1)
+        """Sums over the columns of each block: ``[c, rows]`` -> ``[blocks, rows]``."""
+        return part.new_zeros(self.form.blocks, part.shape[1]).index_add_(0, block, part)
 
 
 def _split(dense: Tensor, large: Tensor | None) -> tuple[Tensor, ...]:
