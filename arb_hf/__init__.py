@@ -6,7 +6,7 @@ Importing this package registers :class:`ArbConfig` with transformers, for binar
 from transformers.quantizers import auto as _auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
-from . import evaluate, export, nn
+from . import evaluate, export, nn, scales
 from .binarize import BinaryWeight, binarize_weight
 from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbCalibrationError, ArbFormatError, ArbUploadError
@@ -35,6 +35,7 @@ __all__ = [
     "push_folder",
     "push_to_hub",
     "save_pretrained",
+    "scales",
     "summary",
 ]
 

@@ -145,7 +145,7 @@ def _method_name(options: dict[str, Any]) -> str:
 def _run(report: ArbReport | None) -> dict[str, Any]:
     if report is None:
         return {"report": None, "measurements": []}
-    tuned = [each for each in report.tuned if each.steps]
+    before, after = report.held_out_loss or (0.0, 0.0)
     return {
         "report": report,
         "measurements": [
@@ -164,9 +164,9 @@ def _run(report: ArbReport | None) -> dict[str, Any]:
         "dataset": report.config.get("dataset"),
         "seconds": f"{report.seconds:,.0f}",
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        "tuned": len(tuned),
-        "tuned_before": f"{sum(each.before for each in tuned) / max(len(tuned), 1):.4f}",
-        "tuned_after": f"{sum(each.after for each in tuned) / max(len(tuned), 1):.4f}",
+        "tuned": sum(each.steps > 0 for each in report.tuned),
+        "tuned_before": f"{before:.4f}",
+        "tuned_after": f"{after:.4f}",
         "layers": len({each.layer for each in report.matrices}),
         "data_free": sum(each.solve.data_free for each in report.matrices),
     }

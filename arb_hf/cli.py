@@ -6,6 +6,7 @@ A command takes the parsed arguments and returns what it has to say, as data for
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -87,9 +89,9 @@ def evaluate(args: argparse.Namespace) -> Said:
         args.usage_error("nothing to measure: pass --text or --items")
     if args.save and not os.path.isfile(os.path.join(args.model, REPORT_FILE)):
         args.usage_error(f"--save keeps figures in {REPORT_FILE} of a folder written by arb_hf; {args.model} has none")
-    measured = _measure(args.model, dtype, args)
+    measured, dtype = _measure(args.model, dtype, args)
     if args.baseline:
-        originals = _measure(args.baseline, dtype, args)
+        originals, _ = _measure(args.baseline, dtype, args)
         measured = [
             Measurement(each.metric, each.data, each.protocol, each.value, original.value)
             for each, original in zip(measured, originals, strict=True)
@@ -119,6 +121,7 @@ def compare(args: argparse.Namespace) -> Said:
     losses = [None if each is None else each.held_out_loss for each in reports]
     rows.append(("tuning: held-out loss before", *(each and each[0] for each in losses)))
     rows.append(("tuning: held-out loss after", *(each and each[1] for each in losses)))
+    rows.append(("scales trained afterwards", *(None if each is None else each.scales_trained for each in reports)))
     rows.append(("output error", *(None if each is None else each.output_error for each in reports)))
     errors = [{} if each is None else each.errors_by_kind() for each in reports]
     rows += [(f"  {kind}", *(each.get(kind) for each in errors)) for kind in errors[0] | errors[1]]
@@ -190,17 +193,16 @@ def lm_eval(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """Bars on a terminal; elsewhere (a log file) dated lines, since a bar would be one endless line there."""
-    if sys.stderr.isatty():
-        yield
-        return
-    ours, handler = logging.getLogger("arb_hf"), logging.StreamHandler(sys.stderr)
+    """Dated lines of what is done; on a terminal bars too, which in a log file would be one endless line each."""
+    terminal = sys.stderr.isatty()
+    ours, handler = logging.getLogger("arb_hf"), _AboveBars() if terminal else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level, bars, hub_bars = ours.level, transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
+    if not terminal:
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
     try:
         yield
     finally:
@@ -210,6 +212,13 @@ def _progress() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if hub_bars:
             enable_progress_bars()
+
+
+class _AboveBars(logging.Handler):
+    """Writes to a terminal without tearing the bars there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -244,9 +253,20 @@ def _refuse_quantized(model: str) -> None:
 def _writable(out: Path, model: str) -> Iterator[None]:
     """Make the folder to write, before hours of work; it needs an eighth of the original at least, two bits of 16.
 
-    If the work then fails, a folder that was made for it and is still empty goes.
+    If the work then fails, folders that were made for it and are still empty go.
     """
-    made = not out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        _make_writable(out, model)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one is not empty, or another process was quicker
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def _make_writable(out: Path, model: str) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -259,12 +279,6 @@ def _writable(out: Path, model: str) -> Iterator[None]:
         raise OSError(
             f"the disk of {out} has {free / 1e6:.1f} MB free, too little for what becomes of {original / 1e6:.1f} MB"
         )
-    try:
-        yield
-    except BaseException:
-        if made and not any(out.iterdir()):
-            out.rmdir()
-        raise
 
 
 @contextmanager
@@ -297,7 +311,8 @@ def _windows(tokenizer: Any, text: str, args: argparse.Namespace) -> torch.Tenso
     return evaluation.evaluation_windows(tokenizer, text, args.eval_length, args.eval_windows)
 
 
-def _measure(name: str, dtype: Any, args: argparse.Namespace) -> list[Measurement]:
+def _measure(name: str, dtype: Any, args: argparse.Namespace) -> tuple[list[Measurement], torch.dtype]:
+    """What was asked for of a model, and the type it was measured in."""
     tokenizer = _need(_tokenizer(name), name)
     windows = _windows(tokenizer, args.text, args) if args.text else None
     model = _load(name, dtype, args.device_map)
@@ -307,7 +322,7 @@ def _measure(name: str, dtype: Any, args: argparse.Namespace) -> list[Measuremen
         protocol = f"zero-shot, {accuracy.items} items, {_type_of(model)}"
         found.append(Measurement("acc", Path(path).name, protocol, accuracy.acc))
         found.append(Measurement("acc_norm", Path(path).name, protocol, accuracy.acc_norm))
-    return found
+    return found, model.dtype
 
 
 def _perplexity(model: PreTrainedModel, windows: torch.Tensor, text: str, baseline: float | None = None) -> Measurement:

@@ -18,6 +18,8 @@ SCALE_DTYPES = {
     "int8": torch.int8,
 }
 ABSMAX_DTYPE = torch.float16
+# Stored tensors that hold scales and means, where a form has them.
+SCALES = ("row_parameters", "column_scales", "salient_column_scales")
 
 
 @dataclass(frozen=True)

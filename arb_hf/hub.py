@@ -23,12 +23,13 @@ from .checkpoint import binary_modules, check_counts, read_entries
 from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbFormatError, ArbUploadError
 from .light.headers import INDEX, read_json, shard_names
+from .nn.scaled import require_frozen
 from .report import REPORT_FILE, ArbReport
 
 logger = logging.getLogger(__name__)
 README = "README.md"
 
-HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")  # the owner is missing of the oldest models
+BARE_NAME = re.compile(r"[\w-][\w.-]*")  # of the oldest models on the Hub, which have no owner
 
 
 def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
@@ -71,7 +72,8 @@ def require_there(model_id: str | os.PathLike) -> None:
     Raises:
         FileNotFoundError: it is not.
     """
-    if not os.path.isdir(model_id) and not HUB_NAME.fullmatch(str(model_id)):
+    name = str(model_id)
+    if not os.path.isdir(name) and not is_hub_id(name) and not BARE_NAME.fullmatch(name):
         raise FileNotFoundError(f"there is no folder {model_id}")
 
 
@@ -167,8 +169,9 @@ def save_pretrained(
         kwargs: for ``model.save_pretrained`` (``max_shard_size``...).
 
     Raises:
-        ValueError: the model has no binary layers.
+        ValueError: the model has no binary layers, or their scales are being trained.
     """
+    require_frozen(model)
     if not binary_modules(model):
         raise ValueError(
             f"{type(model).__name__} has no binary layers: load it with quantization_config=ArbConfig(...)"

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import binary_modules
 from .light.headers import kind_of
+from .nn.scaled import require_frozen
 from .quantizer import replace_by_dense
 
 
@@ -54,6 +55,11 @@ def _line(kind: str, count: int | str, weights: int, bits: int) -> str:
 
 
 def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """In place: back to dense ``nn.Linear`` layers in the model's dtype, for export or comparison; returns it."""
+    """In place: back to dense ``nn.Linear`` layers in the model's dtype, for export or comparison; returns it.
+
+    Raises:
+        ValueError: scales are being trained.
+    """
+    require_frozen(model)
     quantizer = getattr(model, "hf_quantizer", None)
     return replace_by_dense(model, model.dtype) if quantizer is None else quantizer.dequantize(model, dtype=model.dtype)

@@ -1,13 +1,11 @@
-"""Recovering quality by a short fine-tune: LoRA adapters on binary layers, and their scales made trainable.
+"""Recovering quality by a short fine-tune: LoRA adapters on binary layers.
 
     import arb_hf, arb_hf.lora
     model = arb_hf.lora.add_lora(arb_hf.from_pretrained("me/model-arb"), r=16)   # a peft.PeftModel: train it
     model.save_pretrained("adapter")                                             # the adapter alone
     model = arb_hf.lora.load_lora(arb_hf.from_pretrained("me/model-arb"), "adapter")
 
-Only the adapters are trained. To train the scales of the binary layers, alone or after :func:`add_lora` with adapters,
-call :func:`unfreeze_scales`, and :func:`freeze_scales` when done: the scales are rounded to their stored type, and the
-model is an ordinary packed model of the same bits again. An adapter trained with it belongs to it: save both.
+Only the adapters are trained; for the scales, alone or with adapters, see :mod:`arb_hf.scales`.
 
 Needs PEFT: ``pip install 'arb_hf[lora]'``.
 """
@@ -16,19 +14,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpoint import binary_modules
-from .errors import ArbCalibrationError
-from .hub import load_report
-from .kernels import binary_linear
 from .nn import BinaryLinear
-from .packing import pack, unpack
+from .nn.scaled import require_frozen
 
 try:
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -36,7 +29,6 @@ try:
 except ImportError as error:
     raise ImportError("arb_hf.lora needs PEFT: pip install 'arb_hf[lora]'") from error
 
-SCALES = ("row_parameters", "column_scales", "salient_column_scales")
 NOT_MERGED = (
     "a LoRA adapter cannot be merged into binary weights: the sum has no binary form. Keep the adapter beside the "
     "model, or merge it into dense weights: arb_hf.dequantize(model), then load the adapter and merge it there"
@@ -50,8 +42,9 @@ def lora_config(model: nn.Module, **options: Any) -> LoraConfig:
         options: of ``peft.LoraConfig``: ``r``, ``lora_alpha``, ``lora_dropout``, ``target_modules``...
 
     Raises:
-        ValueError: the model has no binary layers.
+        ValueError: the model has no binary layers, or their scales are being trained already.
     """
+    require_frozen(model)
     if "target_modules" not in options:
         options["target_modules"] = sorted(binary_modules(model))
         if not options["target_modules"]:
@@ -70,14 +63,18 @@ def load_lora(model: PreTrainedModel, path: str | os.PathLike, is_trainable: boo
     Args:
         path: folder or name on the Hub, as for ``peft.PeftModel.from_pretrained``, which also gets ``kwargs``.
         is_trainable: to train on.
+
+    Raises:
+        ValueError: scales of the model are being trained already.
     """
+    require_frozen(model)
     config = _registered(PeftConfig.from_pretrained(os.fspath(path)))
     return PeftModel.from_pretrained(model, os.fspath(path), config=config, is_trainable=is_trainable, **kwargs)
 
 
 def _registered(config: LoraConfig) -> LoraConfig:
     # PEFT does not store this: it has to be said again whenever a config is made or read.
-    config._register_custom_module({BinaryLinear: LoraBinaryLinear, ScaledLinear: LoraBinaryLinear})
+    config._register_custom_module({BinaryLinear: LoraBinaryLinear})
     return config
 
 
@@ -117,93 +114,3 @@ class LoraBinaryLinear(nn.Module, LoraLayer):
 
     def unmerge(self) -> None:
         raise ValueError(NOT_MERGED)
-
-
-class ScaledLinear(nn.Module):
-    """A binary layer whose scales (and means) are trained in float32; its planes stay as they are.
-
-    What is trained is a step of each scale relative to its size, 0 at the start, so that one learning rate suits all.
-    """
-
-    def __init__(self, binary: BinaryLinear) -> None:
-        super().__init__()
-        self.binary = binary
-        self.in_features, self.out_features = binary.in_features, binary.out_features
-        self._form = replace(binary.form, scale_dtype="float32")
-        packed = pack(replace(binary.binary_weight(), form=self._form))
-        names = [name for name in SCALES if name in packed]
-        for name in names:
-            self.register_buffer(f"start_{name}", packed[name], persistent=False)
-        self.steps = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(packed[name])) for name in names})
-
-    @property
-    def weight(self) -> Tensor:
-        """The first plane: where adapters look for the device."""
-        return self.binary.packed["weight"]
-
-    def packed(self) -> dict[str, Tensor]:
-        """The packed tensors, with the scales as they are now, in float32."""
-        kept = {name: tensor for name, tensor in self.binary.packed.items() if name in self._form.tensors()}
-        return kept | {name: self._scale(name, step) for name, step in self.steps.items()}
-
-    def _scale(self, name: str, step: Tensor) -> Tensor:
-        start = self.get_buffer(f"start_{name}")
-        unit = start.abs()
-        if name == "row_parameters" and self._form.mean_slots:  # means may be 0: their unit is the scales' beside them
-            scales = self._form.scale_slots
-            unit[:, scales:] = unit[:, :scales].mean(1, keepdim=True)
-        return torch.addcmul(start, unit, step)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = binary_linear(x, self.packed(), self._form)
-        return out if self.binary.bias is None else out + self.binary.bias.to(out.dtype)
-
-    @torch.no_grad()
-    def stored(self) -> dict[str, Tensor]:
-        """The packed tensors in the layer's own form: the trained scales rounded to their stored type.
-
-        Raises:
-            ArbCalibrationError: that type cannot hold them.
-        """
-        return pack(replace(unpack(self.packed(), self._form), form=self.binary.form))
-
-
-def unfreeze_scales(model: nn.Module) -> list[nn.Parameter]:
-    """In place: make the scales of all binary layers trainable, in float32; returns their steps, for an optimizer.
-
-    Raises:
-        ValueError: there are no binary layers.
-    """
-    layers = binary_modules(model)
-    if not layers:
-        raise ValueError("this model has no binary layers")
-    scaled = {name: ScaledLinear(layer) for name, layer in layers.items()}
-    for name, layer in scaled.items():
-        model.set_submodule(name, layer)
-    return [step for layer in scaled.values() for step in layer.steps.values()]
-
-
-def freeze_scales(model: nn.Module) -> None:
-    """In place: undo :func:`unfreeze_scales`, keeping what was trained, rounded to the stored type.
-
-    The model's report loses its quality figures, which were of other scales, and says that these were trained.
-
-    Raises:
-        ValueError: scales left the range of that type; the error names the layer, and nothing is replaced.
-    """
-    scaled = {name: module for name, module in model.named_modules() if isinstance(module, ScaledLinear)}
-    stored = {}
-    for name, layer in scaled.items():
-        try:
-            stored[name] = layer.stored()
-        except ArbCalibrationError as error:
-            raise ValueError(f"{name} after training: {error}; or train with a lower rate") from error
-    for name, layer in scaled.items():
-        layer.binary.load_state_dict(stored[name], strict=False, assign=True)
-        model.set_submodule(name, layer.binary)
-    owners: list[Any] = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
-    for owner in owners:
-        report = getattr(owner, "arb_report", None) or load_report(owner.name_or_path or "", local_files_only=True)
-        if report is not None:
-            report.measurements, report.scales_trained = [], True
-            owner.arb_report = report

@@ -167,12 +167,11 @@ class ArbReport:
     @property
     def held_out_loss(self) -> tuple[float, float] | None:
         """Mean loss of the tuned decoder layers on held-out calibration text, before and after; None without any."""
-        if not self.tuned:
+        tuned = [(each.before, each.after) for each in self.tuned if each.steps]
+        if not tuned:
             return None
-        before, after = (
-            sum(losses) for losses in zip(*((each.before, each.after) for each in self.tuned), strict=True)
-        )
-        return before / len(self.tuned), after / len(self.tuned)
+        before, after = (sum(losses) / len(tuned) for losses in zip(*tuned, strict=True))
+        return before, after
 
     @property
     def starved(self) -> list[MatrixRecord]:
@@ -229,7 +228,7 @@ class ArbReport:
             errors.plot(layers, [each.solve.output_error or 0.0 for each in records], marker=".", label=kind)
             bits.plot(layers, [each.solve.bits_per_weight for each in records], marker=".", label=kind)
         errors.set(
-            ylabel="relative output error",
+            ylabel="relative output error" + (", before scales were trained" if self.scales_trained else ""),
             title=f"{self.model}: {self.config['method']}, {self.bits_per_weight:.2f} bits per weight",
         )
         errors.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -263,7 +262,10 @@ class ArbReport:
         )
         if self.held_out_loss:
             before, after = self.held_out_loss
-            lines.append(f"tuned: {len(self.tuned)} decoder layers, held-out loss {before:.4f} -> {after:.4f}")
+            count = sum(each.steps > 0 for each in self.tuned)
+            lines.append(f"tuned: {count} decoder layers, held-out loss {before:.4f} -> {after:.4f}")
+        if self.scales_trained:
+            lines.append("scales trained afterwards: the errors above are from before")
         return "\n".join(lines)
 
 

@@ -91,9 +91,9 @@ def main() -> None:
         print(f"perplexity of the teacher: {perplexity(teacher, measured):.2f}", flush=True)
 
     if arguments.scales:
-        parameters = arb_hf.lora.unfreeze_scales(model)
+        parameters = arb_hf.scales.unfreeze(model)
         train(model, parameters, windows, arguments, teacher)
-        arb_hf.lora.freeze_scales(model)
+        arb_hf.scales.freeze(model)
     else:
         model = arb_hf.lora.add_lora(model, r=arguments.rank, lora_alpha=2 * arguments.rank)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -245,10 +245,12 @@ def main() -> None:
             "run": run,
         }
         rows.append(row)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        unfinished = arguments.csv.with_suffix(".unfinished")
+        with unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row), extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        unfinished.replace(arguments.csv)
         print(f"{name:32s} {bits:6.3f} bits  perplexity {value:9.2f}", flush=True)
 
     known = {row["name"] for row in rows}

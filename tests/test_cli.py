@@ -125,6 +125,29 @@ def test_a_failed_run_leaves_no_empty_folder(here, capsys):
     assert (here / "own").exists()
 
 
+def test_a_full_disk_leaves_nothing(here, monkeypatch, capsys):
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr("arb_hf.cli.shutil.disk_usage", lambda _: usage._replace(free=10))
+    assert quantize(here, "deep/er") == 1
+    assert "too little for what becomes of" in capsys.readouterr().err
+    assert not (here / "deep").exists()
+
+
+def test_a_mistyped_option_before_the_harness_is_refused_too(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--foo", "lm-eval"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --foo" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_what_will_be_binarized(here, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert quantize(here, "terminal") == 0
+    errors = capfd.readouterr().err
+    assert "INFO what will be binarized in LlamaForCausalLM" in errors
+    assert "Binarizing: " in errors
+
+
 def test_quantize_does_not_overwrite_a_model(packed, here, capsys):
     with pytest.raises(SystemExit) as caught:
         quantize(here, "packed")
@@ -169,6 +192,15 @@ def test_evaluate_measures_and_keeps(packed, here, capsys):
     perplexity = result["measurements"][0]
     assert perplexity["value"] != perplexity["baseline"]
     assert "zero-shot, 1 items" in (packed / "README.md").read_text()
+
+
+def test_the_baseline_is_measured_in_the_same_type(here, capsys):
+    assert quantize(here, "in-bfloat16", "--dtype", "bfloat16") == 0
+    capsys.readouterr()
+    measure = ["evaluate", here / "in-bfloat16", "--text", here / "text.txt", "--eval-length", "32"]
+    (measured,) = said(capsys, *measure, "--baseline", here / "dense")["measurements"]
+    (dense,) = said(capsys, "evaluate", here / "dense", *measure[2:], "--dtype", "bfloat16")["measurements"]
+    assert measured["protocol"].endswith("bfloat16") and measured["baseline"] == dense["value"]
 
 
 def test_evaluate_refuses_to_measure_nothing_or_to_keep_nowhere(packed, here, capsys):
@@ -423,8 +455,8 @@ def test_optimum_cli_offers_the_commands(packed):
 def test_version_tells_of_the_kernels(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
-    there = "with" if native.library() is not None else "without"
-    assert capsys.readouterr().out == f"arb-hf {arb_hf.__version__}, {there} C kernels\n"
+    there = "built" if native.library() is not None else "not built"
+    assert capsys.readouterr().out == f"arb-hf {arb_hf.__version__}, C kernels {there}\n"
 
 
 def test_help_of_quantize_names_the_values(capsys):

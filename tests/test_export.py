@@ -132,6 +132,12 @@ def test_gguf_that_breaks_off_leaves_what_was_there(model, tmp_path, monkeypatch
     assert [each.name for each in tmp_path.iterdir()] == ["model.gguf"]
 
 
+def test_gguf_refuses_a_folder_before_it_writes(model, tmp_path):
+    with pytest.raises(ValueError, match="is a folder: a GGUF model is one file"):
+        export_gguf(model, byte_tokenizer(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_gguf_interleaves_the_rows_of_q_and_k(model, tmp_path):
     """llama.cpp rotates neighbouring rows of a head, transformers row i and i + half."""
     export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", "f32")

@@ -215,14 +215,14 @@ class TestShortcut:
 
     def test_it_is_taken_and_agrees_with_the_operator(self) -> None:
         layer, x = self.layer(), activations(2, 3, 300)
-        assert kernels.shortcut_for(x)
+        assert kernels.shortcut_for(x, {})
         assert torch.equal(layer(x), kernels.binary_linear(x, layer.packed, layer.form))
 
     def test_not_where_a_gradient_is_wanted(self) -> None:
         x = activations(2, 300).requires_grad_()
-        assert not kernels.shortcut_for(x)
+        assert not kernels.shortcut_for(x, {})
         with torch.no_grad():
-            assert kernels.shortcut_for(x)
+            assert kernels.shortcut_for(x, {})
 
     def test_new_tensors_are_seen(self) -> None:
         layer, other, x = (

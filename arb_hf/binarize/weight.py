@@ -145,14 +145,16 @@ class BinaryWeight:
         """Make sure that rounding to ``scale_dtype`` changes the scales in their last digits only.
 
         Raises:
-            ArbCalibrationError: scales that are too large or too small for their type.
+            ArbCalibrationError: scales that are not finite, or too large or too small for their type.
         """
         name = self.form.scale_dtype
-        parts: list[Tensor | None]
+        parts: list[Tensor | None] = [self.row_parameters, self.column_scales, self.salient_column_scales]
+        if not all(torch.isfinite(part).all() for part in parts if part is not None):
+            raise ArbCalibrationError("its scales are not finite")
         if name == "int8":  # codes fit always, the largest magnitudes that they count in are float16
             dtype, parts = ABSMAX_DTYPE, [self.settled().row_parameters.abs().amax(-1)]
         else:
-            dtype, parts = SCALE_DTYPES[name], [self.row_parameters, self.column_scales, self.salient_column_scales]
+            dtype = SCALE_DTYPES[name]
         limits = torch.finfo(dtype)
         for exact in (part for part in parts if part is not None and part.numel()):
             stored, largest = exact.to(dtype).to(exact.dtype), exact.abs().max()

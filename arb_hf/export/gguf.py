@@ -71,6 +71,8 @@ def export_gguf(
         ValueError: GGUF, or this export, cannot hold the model; said before anything is written.
     """
     gguf = _gguf()
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: a GGUF model is one file, name it")
     config, binary = model.config.get_text_config(), binary_modules(model)
     if not binary:
         raise ValueError("this model has no binary layers: nothing to export")

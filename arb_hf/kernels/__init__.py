@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -119,17 +120,21 @@ def _triton(device_type: str) -> ModuleType:
         raise RuntimeError(f"{VARIABLE}=triton needs triton: python -m pip install triton ({error})") from error
 
 
-def shortcut_for(x: Tensor) -> bool:
+def shortcut_for(x: Tensor, parameters: Mapping[str, Tensor | None]) -> bool:
     """Whether a layer may call :class:`arb_hf.kernels.cpu.Shortcut`: a plain CPU tensor, nothing traces or differentiates."""
     return (
         type(x) is Tensor
         and x.is_cpu
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and _differentiates(x, *parameters.values()))
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and kernel_for("cpu") is cpu
     )
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _run(name: str, x: Tensor, *arguments) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..binarize.weight import decode_columns, decode_rows
-from ..form import BinaryForm
+from ..form import SCALES, BinaryForm
 from ..packing import stored_order, unpack_mask
 from .reference import PLANES, TILE_ROWS, in_blocks, plane_bits, plane_signs
 
@@ -24,8 +24,7 @@ def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], for
     salient = unpack_mask(tensors["salient_columns"], form.in_features)
     order = stored_order(salient, form.block_size)
     inputs = x.to(torch.float32)[:, order]
-    names = ("row_parameters", "column_scales", "salient_column_scales")
-    found = {name: torch.zeros_like(tensors[name], dtype=torch.float32) for name in names if name in tensors}
+    found = {name: torch.zeros_like(tensors[name], dtype=torch.float32) for name in SCALES if name in tensors}
     for start in range(0, form.out_features, TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, form.out_features))
         tile = _Tile(tensors, form, salient[order], rows, found)

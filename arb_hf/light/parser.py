@@ -84,7 +84,8 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"arb-hf {_version()}")
     commands = add_commands(parser, argv)
-    commands.add_parser("lm-eval", help="run lm-evaluation-harness with packed models; takes lm_eval's arguments")
+    harness = commands.add_parser("lm-eval", help="run lm-evaluation-harness with packed models; takes its arguments")
+    harness.set_defaults(usage_error=parser.error, options=())
     return parser
 
 
@@ -117,7 +118,7 @@ def _version() -> str:
     except importlib.metadata.PackageNotFoundError:
         version = "(not installed)"
     built = any(Path(__file__).parent.parent.glob("_native*"))
-    return f"{version}, {'with' if built else 'without'} C kernels"
+    return f"{version}, C kernels {'built' if built else 'not built'}"
 
 
 def _quantize(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +146,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         '{"query": "...", "choices": ["...", "..."], "gold": 0}',
     )
     parser.add_argument("--max-items", type=int, help="only the first so many of each file")
-    parser.add_argument("--baseline", metavar="MODEL", help="measure this model too, to compare with")
+    parser.add_argument("--baseline", metavar="MODEL", help="measure this model too, in the same type, to compare with")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device-map", help="as for from_pretrained")
     parser.add_argument("--save", action="store_true", help="keep the figures in MODEL's report and model card")

@@ -2,5 +2,6 @@
 
 from .experts import BinaryExperts
 from .linear import BinaryLinear
+from .scaled import ScaledLinear
 
-__all__ = ["BinaryExperts", "BinaryLinear"]
+__all__ = ["BinaryExperts", "BinaryLinear", "ScaledLinear"]

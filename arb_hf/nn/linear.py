@@ -68,7 +68,11 @@ class BinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` of any floating type -> ``[..., out_features]`` in that type."""
-        out = self._shortcut(x, self._parameters) if shortcut_for(x) else binary_linear(x, self.packed, self.form)
+        out = (
+            self._shortcut(x, self._parameters)
+            if shortcut_for(x, self._parameters)
+            else binary_linear(x, self.packed, self.form)
+        )
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryLinear:
