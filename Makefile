@@ -40,7 +40,7 @@ asan: $(VENV)/installed
 
 # What reads and writes checkpoints, config and command line; kernels and mathematics depend on torch alone.
 COMPAT_TESTS ?= $(addprefix tests/test_, $(addsuffix .py, bad_input cli config data evaluate experts export golden \
-	hostile hub linear offload overrides packing quantizer resume))
+	hostile hub linear offload overrides packing quantizer resume scales))
 
 # The oldest releases that pyproject.toml admits, in a folder of their own, through the tests that touch them.
 compat: $(VENV)-oldest/installed

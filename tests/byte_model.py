@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import arb_hf
 from conftest import llama
 
 VOCABULARY = 257
@@ -34,3 +35,35 @@ def save_byte_model(folder: Path, **options) -> Path:
 def byte_tokens(count: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor:
     """Random token ids, int64 ``[count, length]``."""
     return torch.randint(1, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_packed(folder: Path, **options) -> Path:
+    """Write the model made binary, beside the dense one; ``options`` are ArbConfig's."""
+    dense = save_byte_model(folder / "dense")
+    config = arb_hf.ArbConfig(
+        **({"dataset": byte_tokens(), "num_samples": 4, "block_size": 32, "iterations": 2} | options)
+    )
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    arb_hf.save_pretrained(model, None, folder / "packed")
+    return folder / "packed"
+
+
+def train(model, parameters, steps=8, rate=1e-2) -> list[float]:
+    """Losses of a few steps on one batch."""
+    ids = byte_tokens(2, 24, seed=1)
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(byte_tokens(1, 16, seed=2)).logits

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import arb_hf
 from arb_hf import scales
 from arb_hf.report import Measurement
-from byte_model import byte_tokens, save_byte_model
+from byte_model import logits, save_byte_model, save_packed, train
 
 pytest.importorskip("peft")
 lora = pytest.importorskip("arb_hf.lora")
@@ -23,37 +23,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    folder = save_byte_model(tmp_path_factory.mktemp("lora") / "dense")
-    config = arb_hf.ArbConfig(dataset=byte_tokens(), num_samples=4, block_size=32, iterations=2)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-    arb_hf.save_pretrained(model, None, folder.parent / "packed")
-    return folder.parent / "packed"
+    return save_packed(tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture
 def model(packed):
     return arb_hf.from_pretrained(packed)
-
-
-def train(model, parameters, steps=8, rate=1e-2):
-    """Losses of a few steps on one batch."""
-    ids = byte_tokens(2, 24, seed=1)
-    optimizer = torch.optim.Adam(parameters, lr=rate)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(byte_tokens(1, 16, seed=2)).logits
 
 
 def trainable(model):

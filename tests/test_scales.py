@@ -12,43 +12,19 @@ import arb_hf
 from arb_hf import scales
 from arb_hf.nn import ScaledLinear
 from arb_hf.report import Measurement
-from byte_model import byte_tokens, save_byte_model
+from byte_model import logits, save_packed, train
 
 pytestmark = pytest.mark.usefixtures("exact_kernel")
-OPTIONS = {"num_samples": 4, "block_size": 32, "iterations": 2}
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    folder = save_byte_model(tmp_path_factory.mktemp("scales") / "dense")
-    config = arb_hf.ArbConfig(dataset=byte_tokens(), **OPTIONS)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-    arb_hf.save_pretrained(model, None, folder.parent / "packed")
-    return folder.parent / "packed"
+    return save_packed(tmp_path_factory.mktemp("scales"))
 
 
 @pytest.fixture
 def model(packed):
     return arb_hf.from_pretrained(packed)
-
-
-def train(model, parameters, steps=8, rate=1e-2):
-    """Losses of a few steps on one batch."""
-    ids = byte_tokens(2, 24, seed=1)
-    optimizer = torch.optim.Adam(parameters, lr=rate)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(byte_tokens(1, 16, seed=2)).logits
 
 
 def random_layer(method, scale_dtype):
@@ -122,10 +98,8 @@ def test_scales_that_no_longer_fit_are_refused_by_layer(model):
         assert all(torch.equal(tensor, planes[name][key]) for key, tensor in each.binary.packed.items())
 
 
-def test_int8_scales_train_too(packed, tmp_path):
-    dense = packed.parent / "dense"
-    config = arb_hf.ArbConfig(dataset=byte_tokens(), scale_dtype="int8", **OPTIONS)
-    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+def test_int8_scales_train_too(tmp_path):
+    model = arb_hf.from_pretrained(save_packed(tmp_path / "int8", scale_dtype="int8"))
     before = logits(model)
     losses = train(model, scales.unfreeze(model), rate=3e-2)
     assert losses[-1] < losses[0]
