@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -456,7 +457,7 @@ def test_version_tells_of_the_kernels(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     there = "built" if native.library() is not None else "not built"
-    assert capsys.readouterr().out == f"arb-hf {arb_hf.__version__}, C kernels {there}\n"
+    assert re.fullmatch(rf"arb-hf .+, C kernels {there}\n", capsys.readouterr().out)
 
 
 def test_help_of_quantize_names_the_values(capsys):
