@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..binarize.weight import decode_columns, decode_rows
 from ..form import SCALES, BinaryForm
 from ..packing import stored_order, unpack_mask
-from .reference import PLANES, TILE_ROWS, in_blocks, plane_bits, plane_signs
+from .reference import PLANES, TILE_ROWS, Scales, in_blocks, plane_bits, plane_signs, second_signs
 
 
 def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> dict[str, Tensor]:
@@ -44,25 +45,24 @@ class _Tile:
         self, tensors: dict[str, Tensor], form: BinaryForm, salient: Tensor, rows: slice, found: dict[str, Tensor]
     ) -> None:
         self.form, self.rows, self.found, self.salient = form, rows, found, salient
-        self.parameters = decode_rows(tensors["row_parameters"], None)[:, :, rows]
-        self.columns = decode_columns(tensors.get("column_scales"))
-        self.extra = decode_columns(tensors.get("salient_column_scales"))
+        whole = Scales.of(tensors, form)
+        self.scales = replace(whole, rows=whole.rows[:, :, rows])
         self.planes = {name: tensors[name][:, rows] for name in PLANES if name in tensors}
         self.signs = plane_signs(self.planes["weight"], form.in_features)
 
     def add_ordinary(self, dense: Tensor) -> None:
         """All columns ``[m, rows]`` at once: salient ones, and what fills the last block, count as 0."""
-        form = self.form
+        form, scales = self.form, self.scales
         large = plane_bits(self.planes["second_plane"], form.in_features) if form.groups == 2 else None
         for group, part in enumerate(_split(dense * ~self.salient[:, None], large)):
             signed = in_blocks(part * self.signs, form)
-            if self.columns is None:
+            if scales.columns is None:
                 self._add_rows(group, signed.sum(1))
                 self._add_rows(form.mean_slot(group), in_blocks(part, form).sum(1))
                 continue
-            column = in_blocks(self.columns[group], form)
+            column = in_blocks(scales.columns[group], form)
             self._add_rows(group, (column[:, None] @ signed)[:, 0])
-            of_columns = (signed @ self.parameters[:, group, :, None])[..., 0]
+            of_columns = (signed @ scales.rows[:, group, :, None])[..., 0]
             self.found["column_scales"][group] += of_columns.flatten()[: form.in_features]
 
     def add_salient(self, dense: Tensor) -> None:
@@ -70,29 +70,26 @@ class _Tile:
         form, count = self.form, self.form.salient_columns
         where = torch.argsort(~self.salient, stable=True)[:count]
         block = where // form.block_size
-        second = plane_signs(self.planes["second_plane"], count if form.groups == 1 else form.in_features)
-        orders = self.signs[where], second if form.groups == 1 else second[where]
+        orders = self.signs[where], second_signs(self.planes, form, where)
         large = plane_bits(self.planes["salient_groups"], count) if form.salient_groups == 2 else None
         for group, part in enumerate(_split(dense[where], large)):
             for order, signs in enumerate(orders):
                 self._add_salient_term(part * signs, group, order, where, block)
-            if self.columns is None:
+            if self.scales.columns is None:
                 self._add_rows(form.salient_mean_slot(group), self._by_block(part, block))
 
     def _add_salient_term(self, signed: Tensor, group: int, order: int, where: Tensor, block: Tensor) -> None:
         slot, place = self.form.salient_scale_slot(group, order), 2 * group + order
-        if self.columns is None:
+        column = self.scales.salient_column(place, where)
+        if column is None:
             self._add_rows(slot, self._by_block(signed, block))
             return
-        of_columns = (signed * self.parameters[block, slot]).sum(1)
+        self._add_rows(slot, self._by_block(signed * column[:, None], block))
+        of_columns = (signed * self.scales.rows[block, slot]).sum(1)
         if place < self.form.groups:
-            column = self.columns[place, where]
             self.found["column_scales"][place].index_add_(0, where, of_columns)
         else:
-            assert self.extra is not None
-            column = self.extra[place - self.form.groups]
             self.found["salient_column_scales"][place - self.form.groups] += of_columns
-        self._add_rows(slot, self._by_block(signed * column[:, None], block))
 
     def _add_rows(self, slot: int, part: Tensor) -> None:
         self.found["row_parameters"][:, slot, self.rows] += part

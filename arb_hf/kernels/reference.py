@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,73 +16,92 @@ TILE_ROWS = 512
 PLANES: tuple[str, ...] = ("weight", "second_plane", "salient_groups")
 
 
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a layer, or of some of its rows, in float32.
+
+    Attributes:
+        rows: row parameters ``[blocks, slots, rows]``.
+        columns, extra: ``column_scales`` and ``salient_column_scales`` as stored, where the form has them.
+    """
+
+    form: BinaryForm
+    rows: Tensor
+    columns: Tensor | None
+    extra: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], form: BinaryForm) -> Scales:
+        rows = decode_rows(tensors["row_parameters"], tensors.get("row_absmax"))
+        extra = decode_columns(tensors.get("salient_column_scales"))
+        return cls(form, rows, decode_columns(tensors.get("column_scales")), extra)
+
+    def salient_column(self, place: int, where: Tensor) -> Tensor | None:
+        """Column scales of the salient columns ``where``; ``place``: twice the group, and 1 for the second order."""
+        if self.columns is not None and place < self.form.groups:
+            return self.columns[place, where]
+        return None if self.extra is None else self.extra[place - self.form.groups]
+
+
 def tiles(tensors: dict[str, Tensor], form: BinaryForm, rows: int = TILE_ROWS) -> Iterator[tuple[slice, Tensor]]:
     """Dense tiles ``[in_features, rows]`` in float32, columns in **stored** order (see :mod:`arb_hf.packing`)."""
     salient = unpack_mask(tensors["salient_columns"], form.in_features)
-    stored_salient = salient[stored_order(salient, form.block_size)]
-    columns = decode_columns(tensors.get("column_scales"))
-    extra = decode_columns(tensors.get("salient_column_scales"))
-    parameters = decode_rows(tensors["row_parameters"], tensors.get("row_absmax"))
+    where = salient[stored_order(salient, form.block_size)].nonzero()[:, 0]
+    scales = Scales.of(tensors, form)
     for start in range(0, form.out_features, rows):
         tile = slice(start, min(start + rows, form.out_features))
-        part = {name: tensors[name][:, tile] for name in PLANES if name in tensors}
-        yield tile, _decode(part, parameters[:, :, tile], columns, extra, stored_salient, form)
+        planes = {name: tensors[name][:, tile] for name in PLANES if name in tensors}
+        part = replace(scales, rows=scales.rows[:, :, tile])
+        signs = plane_signs(planes["weight"], form.in_features)
+        dense = _ordinary(planes, signs, part)
+        dense[where] = _salient(planes, signs, part, where)
+        yield tile, dense
 
 
-def _decode(
-    planes: dict[str, Tensor],
-    parameters: Tensor,
-    columns: Tensor | None,
-    extra: Tensor | None,
-    salient: Tensor,
-    form: BinaryForm,
-) -> Tensor:
-    """One tile, columns first as the planes are: ``[m, rows]``.
-
-    ``salient``: bool ``[m]`` in stored order; ``parameters [blocks, slots, rows]``.
-    """
-    m, c = form.in_features, form.salient_columns
-    first = plane_signs(planes["weight"], m)
-    large = plane_bits(planes["second_plane"], m) if form.groups == 2 else None
-    values = []
+def _ordinary(planes: dict[str, Tensor], signs: Tensor, scales: Scales) -> Tensor:
+    """``[in_features, rows]``, as if every column were ordinary."""
+    form, values = scales.form, []
     for group in range(form.groups):
-        if columns is not None:
-            scale = parameters[:, group, None]
-            values.append((scale * in_blocks(columns[group], form)[:, :, None]).flatten(0, 1)[:m].mul_(first))
+        if scales.columns is not None:
+            products = scales.rows[:, group, None] * in_blocks(scales.columns[group], form)[:, :, None]
+            values.append(products.flatten(0, 1)[: form.in_features].mul_(signs))
         else:
-            whole, mean = (
-                parameters[:, slot, None].expand(-1, form.block_size, -1).flatten(0, 1)[:m]
+            scale, mean = (
+                scales.rows[:, slot, None].expand(-1, form.block_size, -1).flatten(0, 1)[: form.in_features]
                 for slot in (group, form.mean_slot(group))
             )
-            values.append((first * whole).add_(mean))
-    dense = values[0] if large is None else torch.where(large, values[1], values[0])
+            values.append((signs * scale).add_(mean))
+    return values[0] if form.groups == 1 else _chosen(planes["second_plane"], form.in_features, values)
 
-    where = salient.nonzero()[:, 0]
-    block = where // form.block_size
-    second = plane_signs(planes["second_plane"], c if large is None else m)
-    orders = first[where], second if large is None else second[where]
-    values = []
+
+def _salient(planes: dict[str, Tensor], signs: Tensor, scales: Scales, where: Tensor) -> Tensor:
+    """``[salient columns, rows]``: of each group the sum of both orders."""
+    form, values = scales.form, []
+    block, orders = where // form.block_size, (signs[where], second_signs(planes, form, where))
     for group in range(form.salient_groups):
         terms = []
-        for order, signs in enumerate(orders):
-            place = 2 * group + order
-            term = signs * parameters[block, form.salient_scale_slot(group, order)]
-            if columns is not None:
-                scales = columns[place, where] if place < form.groups else _row(extra, place - form.groups)
-                term *= scales[:, None]
+        for order, plane in enumerate(orders):
+            term = plane * scales.rows[block, form.salient_scale_slot(group, order)]
+            column = scales.salient_column(2 * group + order, where)
+            if column is not None:
+                term *= column[:, None]
             elif order == 0:
-                term += parameters[block, form.salient_mean_slot(group)]
+                term += scales.rows[block, form.salient_mean_slot(group)]
             terms.append(term)
         values.append(terms[0] + terms[1])
-    if form.salient_groups == 2:
-        values = [torch.where(plane_bits(planes["salient_groups"], c), values[1], values[0])]
-    dense[where] = values[0]
-    return dense
+    return values[0] if form.salient_groups == 1 else _chosen(planes["salient_groups"], len(where), values)
 
 
-def _row(extra: Tensor | None, index: int) -> Tensor:
-    assert extra is not None
-    return extra[index]
+def _chosen(plane: Tensor, count: int, values: list[Tensor]) -> Tensor:
+    return torch.where(plane_bits(plane, count), values[1], values[0])
+
+
+def second_signs(planes: dict[str, Tensor], form: BinaryForm, where: Tensor) -> Tensor:
+    """The second plane of the salient columns ``where`` as +-1; with groups it shares its words with theirs."""
+    second = planes["second_plane"]
+    return _as_signs(
+        plane_bits(second, len(where)) if form.groups == 1 else plane_bits(second, form.in_features)[where]
+    )
 
 
 def plane_bits(words: Tensor, count: int) -> Tensor:
@@ -91,7 +111,11 @@ def plane_bits(words: Tensor, count: int) -> Tensor:
 
 def plane_signs(words: Tensor, count: int) -> Tensor:
     """A plane ``[words, n]`` as +-1, float32, columns first: ``[count, n]``."""
-    return plane_bits(words, count).to(torch.float32).mul_(2).sub_(1)
+    return _as_signs(plane_bits(words, count))
+
+
+def _as_signs(bits: Tensor) -> Tensor:
+    return bits.to(torch.float32).mul_(2).sub_(1)
 
 
 def in_blocks(columns: Tensor, form: BinaryForm) -> Tensor:
