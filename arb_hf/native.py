@@ -16,7 +16,7 @@ import torch  # noqa: F401  (first: the library shares torch's OpenMP, its threa
 ISA_VARIABLE = "ARB_HF_CPU_ISA"
 ISAS = ("plain", "avx2", "avx512")  # in rising order; csrc/native.h knows the same numbers
 SUFFIXES = (".so", ".dylib", ".pyd")
-CURE = "install a C compiler (gcc or clang, with OpenMP) and install arb_hf again"
+CURE = "install gcc or clang, with OpenMP, and arb_hf again: pip install --force-reinstall --no-deps --no-cache-dir"
 
 
 @functools.cache
