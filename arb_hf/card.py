@@ -164,7 +164,7 @@ def _run(report: ArbReport | None) -> dict[str, Any]:
         "dataset": report.config.get("dataset"),
         "seconds": f"{report.seconds:,.0f}",
         "versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        "tuned": sum(each.steps > 0 for each in report.tuned),
+        "tuned": len(report.tuned_layers),
         "tuned_before": f"{before:.4f}",
         "tuned_after": f"{after:.4f}",
         "layers": len({each.layer for each in report.matrices}),

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -195,7 +195,7 @@ def lm_eval(argv: Sequence[str]) -> int:
 def _progress() -> Iterator[None]:
     """Dated lines of what is done; on a terminal bars too, which in a log file would be one endless line each."""
     terminal = sys.stderr.isatty()
-    ours, handler = logging.getLogger("arb_hf"), _AboveBars() if terminal else logging.StreamHandler(sys.stderr)
+    ours, handler = logging.getLogger("arb_hf"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level, bars, hub_bars = ours.level, transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     ours.addHandler(handler)
@@ -204,7 +204,8 @@ def _progress() -> Iterator[None]:
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
     try:
-        yield
+        with logging_redirect_tqdm([ours]):  # lines do not tear bars
+            yield
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)
@@ -212,13 +213,6 @@ def _progress() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if hub_bars:
             enable_progress_bars()
-
-
-class _AboveBars(logging.Handler):
-    """Writes to a terminal without tearing the bars there."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _dtype(args: argparse.Namespace) -> Any:

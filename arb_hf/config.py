@@ -46,7 +46,8 @@ class ArbConfig(QuantizationConfigMixin):
             scales and means) or ``"billm"`` (the same without refinement).
         block_size: columns that share one row scale, a multiple of 32.
         column_group_bitmap: two magnitude groups for salient columns too. No effect with ``group_bitmap=False``.
-        group_bitmap: two magnitude groups per row and block; False: one group: arb-rc takes about 1.3 bits with int8 scales, 1.5 with float16.
+        group_bitmap: two magnitude groups per row and block; False: one group, with which arb-rc takes about 1.3 bits
+            per weight with int8 scales, 1.5 with float16.
         iterations: rounds of alternating refinement (the paper's 15); ``refinement="full"`` has no such rounds.
         salient_metric: rank columns by ``"hessian"`` saliency or by weight ``"magnitude"``.
         max_salient_columns: salient columns per block stay below this number; with ``refinement="full"``, which chooses

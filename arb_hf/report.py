@@ -165,13 +165,19 @@ class ArbReport:
         return _mean_error(self.matrices)
 
     @property
+    def tuned_layers(self) -> list[TuneRecord]:
+        """Records of the decoder layers that took steps: where data is too little there are records without."""
+        return [each for each in self.tuned if each.steps]
+
+    @property
     def held_out_loss(self) -> tuple[float, float] | None:
         """Mean loss of the tuned decoder layers on held-out calibration text, before and after; None without any."""
-        tuned = [(each.before, each.after) for each in self.tuned if each.steps]
-        if not tuned:
+        count = len(self.tuned_layers)
+        if not count:
             return None
-        before, after = (sum(losses) / len(tuned) for losses in zip(*tuned, strict=True))
-        return before, after
+        return sum(each.before for each in self.tuned_layers) / count, sum(
+            each.after for each in self.tuned_layers
+        ) / count
 
     @property
     def starved(self) -> list[MatrixRecord]:
@@ -262,8 +268,7 @@ class ArbReport:
         )
         if self.held_out_loss:
             before, after = self.held_out_loss
-            count = sum(each.steps > 0 for each in self.tuned)
-            lines.append(f"tuned: {count} decoder layers, held-out loss {before:.4f} -> {after:.4f}")
+            lines.append(f"tuned: {len(self.tuned_layers)} decoder layers, held-out loss {before:.4f} -> {after:.4f}")
         if self.scales_trained:
             lines.append("scales trained afterwards: the errors above are from before")
         return "\n".join(lines)

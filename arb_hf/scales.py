@@ -36,7 +36,7 @@ def unfreeze(model: nn.Module) -> list[nn.Parameter]:
     if not layers:
         raise ValueError("this model has no binary layers")
     for name, layer in layers.items():
-        if layer.packed["weight"].is_meta:
+        if layer.get_parameter("weight").is_meta:
             raise ValueError(f"{name} is on disk, where it cannot be trained: load the model without offloading")
     scaled = {name: ScaledLinear(layer) for name, layer in layers.items()}
     for name, module in scaled.items():

@@ -32,11 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from protocol import (
     EVALUATION_WINDOWS,
     LENGTH,
-    TEXT_FOLDER,
+    add_data_option,
     binarize,
     calibration_tokens,
     calibration_windows,
-    text_folder,
 )
 
 GROUP = 128
@@ -208,7 +207,7 @@ def plot(rows: list[dict[str, str]], full: float, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model's path or name")
-    parser.add_argument("--data", required=True, type=text_folder, help=TEXT_FOLDER)
+    add_data_option(parser)
     parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki")
     parser.add_argument("--csv", type=Path, default=Path("pareto.csv"))
     parser.add_argument("--plot", type=Path, default=Path("pareto.png"))

@@ -26,9 +26,11 @@ def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], for
     order = stored_order(salient, form.block_size)
     inputs = x.to(torch.float32)[:, order]
     found = {name: torch.zeros_like(tensors[name], dtype=torch.float32) for name in SCALES if name in tensors}
+    scales = Scales.of(tensors, form)
     for start in range(0, form.out_features, TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, form.out_features))
-        tile = _Tile(tensors, form, salient[order], rows, found)
+        planes = {name: tensors[name][:, rows] for name in PLANES if name in tensors}
+        tile = _Tile(planes, replace(scales, rows=scales.rows[:, :, rows]), salient[order], rows, found)
         dense = inputs.T @ gradient[:, rows].to(torch.float32)
         tile.add_ordinary(dense)
         tile.add_salient(dense)
@@ -38,17 +40,15 @@ def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], for
 class _Tile:
     """Some rows of a layer, columns first; adds their part to the gradients ``found``.
 
-    ``salient``: bool ``[m]`` in stored order.
+    ``planes``, ``scales``: of these rows. ``salient``: bool ``[m]`` in stored order.
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], form: BinaryForm, salient: Tensor, rows: slice, found: dict[str, Tensor]
+        self, planes: dict[str, Tensor], scales: Scales, salient: Tensor, rows: slice, found: dict[str, Tensor]
     ) -> None:
-        self.form, self.rows, self.found, self.salient = form, rows, found, salient
-        whole = Scales.of(tensors, form)
-        self.scales = replace(whole, rows=whole.rows[:, :, rows])
-        self.planes = {name: tensors[name][:, rows] for name in PLANES if name in tensors}
-        self.signs = plane_signs(self.planes["weight"], form.in_features)
+        self.form, self.planes, self.scales, self.salient = scales.form, planes, scales, salient
+        self.rows, self.found = rows, found
+        self.signs = plane_signs(planes["weight"], self.form.in_features)
 
     def add_ordinary(self, dense: Tensor) -> None:
         """All columns ``[m, rows]`` at once: salient ones, and what fills the last block, count as 0."""

@@ -40,7 +40,7 @@ class ScaledLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The first plane: where PEFT looks for the device."""
-        return self.binary.packed["weight"]
+        return self.binary.get_parameter("weight")
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors, with the scales as they are now, in float32."""

@@ -22,11 +22,10 @@ import torch
 from protocol import (
     EVALUATION_WINDOWS,
     LENGTH,
-    TEXT_FOLDER,
+    add_data_option,
     binarize,
     calibration_tokens,
     calibration_windows,
-    text_folder,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,7 +150,7 @@ def perplexities(arguments: argparse.Namespace, names: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model's path or name")
-    parser.add_argument("--data", required=True, type=text_folder, help=TEXT_FOLDER)
+    add_data_option(parser)
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 12])
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)

@@ -24,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from protocol import LENGTH, TEXT_FOLDER, calibration_tokens, calibration_windows, text_folder
+from protocol import LENGTH, add_data_option, calibration_tokens, calibration_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arb_hf import ArbConfig
@@ -78,7 +78,7 @@ def peak_memory() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model's path or name")
-    parser.add_argument("--data", required=True, type=text_folder, help=TEXT_FOLDER)
+    add_data_option(parser)
     parser.add_argument("--method", default="arb-rc")
     parser.add_argument("--refinement", default="paper")
     parser.add_argument("--tune-steps", type=int, default=0, help="for refinement full; 0: stages without tuning")

@@ -30,7 +30,6 @@ from arb_hf.calibrate.data import read_text, tokenize
 from arb_hf.evaluate import perplexity
 
 LENGTH = 512
-TEXT_FOLDER = "folder with wiki.valid.raw and wiki.test.raw, the text of WikiText-2 raw's splits"
 CALIBRATION_WINDOWS = 32
 EVALUATION_WINDOWS = 40
 
@@ -53,8 +52,13 @@ class Run:
         return f"{name:90s} {seed}ppl {self.perplexity:9.2f}  gap {self.gap:6.3f}  bits {self.bits_per_weight:6.3f}  {self.seconds:6.0f} s"
 
 
-def text_folder(name: str) -> Path:
-    """``--data``: the two files are there, or argparse says which is not."""
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """``--data FOLDER``, whose two files are there, or argparse says which is not."""
+    words = "folder with wiki.valid.raw and wiki.test.raw, the text of WikiText-2 raw's splits"
+    parser.add_argument("--data", required=True, type=_text_folder, help=words)
+
+
+def _text_folder(name: str) -> Path:
     missing = [file for file in ("wiki.valid.raw", "wiki.test.raw") if not (Path(name) / file).is_file()]
     if missing:
         raise argparse.ArgumentTypeError(f"{name} has no {' and no '.join(missing)}")
@@ -95,7 +99,7 @@ def options_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model's path or name")
-    parser.add_argument("--data", required=True, type=text_folder, help=TEXT_FOLDER)
+    add_data_option(parser)
     parser.add_argument("--method", nargs="+", default=["arb-rc"])
     parser.add_argument("--refinement", nargs="+", default=["paper", "full"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
