@@ -2,7 +2,7 @@
 
 import sys
 
-from .light.parser import main
+from .cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibrate.data import NAMED
-from .light.headers import inspect_folder
+from .format.headers import inspect_folder
 from .report import REPORT_FILE, ArbReport, Measurement
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .errors import ArbFormatError
 from .form import WORD
-from .light.headers import require_inside
+from .format.headers import require_inside
 from .nn import BinaryLinear
 from .nn.experts import find_stacks
 from .packing import unpack_mask

@@ -3,9 +3,9 @@
 Errors of format and calibration are ``ValueError``s, so that code unaware of this package still sees an ordinary error.
 """
 
-from .light.errors import ArbFormatError
 
-__all__ = ["ArbCalibrationError", "ArbFormatError", "ArbUploadError"]
+class ArbFormatError(ValueError):
+    """A packed checkpoint is damaged, inconsistent with its config, or of a format this version does not read."""
 
 
 class ArbCalibrationError(ValueError):

@@ -22,7 +22,7 @@ from .card import MARKER, PLOT_FILE, is_hub_id, model_card, written_by_us
 from .checkpoint import binary_modules, check_counts, read_entries
 from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbFormatError, ArbUploadError
-from .light.headers import INDEX, read_json, shard_names
+from .format.headers import INDEX, read_json, shard_names
 from .nn.scaled import require_frozen
 from .report import REPORT_FILE, ArbReport
 

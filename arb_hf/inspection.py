@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .checkpoint import binary_modules
-from .light.headers import kind_of
+from .format.headers import kind_of
 from .nn.scaled import require_frozen
 from .quantizer import replace_by_dense
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from arb_hf.cli.commands.parser import main
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate.run import binarize_model
-from arb_hf.light.parser import main
 from conftest import DATA, llama, token_samples, word_tokenizer, words
 
 PACKED = str(DATA / "golden" / "arb-rc-two-float16")
@@ -50,7 +50,7 @@ class Place:
 
     def command(self, *argv: str) -> None:
         """``arb-hf``; what it prints as its error becomes one."""
-        self.patch.setattr("arb_hf.cli._load", lambda *_, **__: pytest.fail("the model was loaded"))
+        self.patch.setattr("arb_hf.cli.commands._load", lambda *_, **__: pytest.fail("the model was loaded"))
         assert main([*argv, "--debug"]) == 0
 
     def without(self, package: str) -> None:

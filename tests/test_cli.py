@@ -13,17 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
+from arb_hf.cli.commands.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser, main
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf import native
-from arb_hf.light import headers
-from arb_hf.light.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser, main
+from arb_hf.format import headers
 from arb_hf.report import ArbReport, TuneRecord
 from byte_model import save_byte_model
 from conftest import fresh_process, words
 
-OUTSIDE = Path(arb_hf.__file__).parent / "outside"
+ENTRY_POINTS = Path(arb_hf.__file__).parent / "entry_points"
 ITEM = {"query": "Water is", "choices": ["wet", "a stone"], "gold": 0}
 
 
@@ -97,7 +97,7 @@ def test_quantize_speaks_json_and_flags(other, here, capsys):
     ],
 )
 def test_wrong_options_end_with_2_before_anything_is_loaded(here, options, message, capsys, monkeypatch):
-    monkeypatch.setattr("arb_hf.cli._load", None)
+    monkeypatch.setattr("arb_hf.cli.commands._load", None)
     with pytest.raises(SystemExit) as caught:
         quantize(here, "never", *options)
     assert caught.value.code == 2
@@ -128,7 +128,7 @@ def test_a_failed_run_leaves_no_empty_folder(here, capsys):
 
 def test_a_full_disk_leaves_nothing(here, monkeypatch, capsys):
     usage = shutil.disk_usage(here)
-    monkeypatch.setattr("arb_hf.cli.shutil.disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr("arb_hf.cli.commands.shutil.disk_usage", lambda _: usage._replace(free=10))
     assert quantize(here, "deep/er") == 1
     assert "too little for what becomes of" in capsys.readouterr().err
     assert not (here / "deep").exists()
@@ -402,13 +402,13 @@ def test_help_of_every_command_has_examples(command, capsys):
 
 STARTED = """
 import sys
-sys.path.insert(0, {outside!r})
+sys.path.insert(0, {entry_points!r})
 import arb_hf_start
 try:
     code = arb_hf_start.main() or 0
 except SystemExit as stop:
     code = stop.code
-assert "torch" not in sys.modules and "arb_hf" not in sys.modules
+assert "torch" not in sys.modules
 sys.exit(code)
 """
 
@@ -416,10 +416,34 @@ sys.exit(code)
 @pytest.mark.parametrize("argv", [["--help"], ["inspect", "{packed}"], ["push", "--help"], ["--version"]])
 def test_the_script_starts_without_torch(packed, argv):
     argv = ["arb-hf", *(each.format(packed=packed) for each in argv)]
-    code = f"import sys; sys.argv = {argv!r}\n" + STARTED.format(outside=str(OUTSIDE))
+    code = f"import sys; sys.argv = {argv!r}\n" + STARTED.format(entry_points=str(ENTRY_POINTS))
     done = fresh_process(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+IDENTITY = """
+import sys
+sys.path.insert(0, {entry_points!r})
+import arb_hf_start
+parser = arb_hf_start.parser()
+try:
+    parser.inspect_folder({damaged!r})
+except ValueError as caught:
+    error = caught
+import arb_hf
+assert type(error) is arb_hf.ArbFormatError, type(error)
+assert arb_hf.ArbConfig and sys.modules["arb_hf.cli.parser"] is parser
+files = [each.__file__ for each in list(sys.modules.values()) if "arb_hf" in (getattr(each, "__file__", None) or "")]
+assert len(files) == len(set(files)) and len(files) > 10, files
+"""
+
+
+def test_the_script_loads_every_module_once(packed, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
+    done = fresh_process(IDENTITY.format(entry_points=str(ENTRY_POINTS), damaged=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_m_is_the_same(packed):
@@ -434,7 +458,7 @@ import sys
 try:
     import optimum.commands.register.register_arb_hf
 except ImportError:  # arb_hf runs from its source and is not installed
-    sys.path.insert(0, {outside!r})
+    sys.path.insert(0, {entry_points!r})
 from optimum.commands.optimum_cli import main
 main()
 """
@@ -447,7 +471,9 @@ def test_optimum_cli_offers_the_commands(packed):
         (["compare", "--help"], "  optimum-cli arb compare ./smol-arb-rc"),
         (["inspect", str(packed)], "mlp.down_proj"),
     ):
-        code = f"import sys; sys.argv = ['optimum-cli', 'arb', *{argv!r}]\n" + OPTIMUM.format(outside=str(OUTSIDE))
+        code = f"import sys; sys.argv = ['optimum-cli', 'arb', *{argv!r}]\n" + OPTIMUM.format(
+            entry_points=str(ENTRY_POINTS)
+        )
         done = fresh_process(code)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout

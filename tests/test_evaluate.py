@@ -181,7 +181,7 @@ def test_lm_evaluation_harness_gives_the_same_numbers(model, packed, tmp_path):
         "--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples",
     ]  # fmt: skip
     done = fresh_process(
-        f"import sys; from arb_hf.light.parser import main; sys.exit(main({command!r}))",
+        f"import sys; from arb_hf.cli.parser import main; sys.exit(main({command!r}))",
         HF_HOME=str(tmp_path / "home"),
         HF_DATASETS_OFFLINE="1",
     )

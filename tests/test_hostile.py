@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arb_hf.cli.commands.parser import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,9 +21,8 @@ from arb_hf import ArbFormatError
 from arb_hf.checkpoint import binary_modules, read_entries
 from arb_hf.config import ArbConfig
 from arb_hf.errors import ArbFormatError as SameError
+from arb_hf.format.headers import inspect_folder, require_inside, shard_names
 from arb_hf.kernels import cpu
-from arb_hf.light.headers import inspect_folder, require_inside, shard_names
-from arb_hf.light.parser import main
 from conftest import DATA
 
 GOLDEN = DATA / "golden"
@@ -440,7 +440,7 @@ def test_the_error_is_the_packages_own_even_where_torch_is_not_imported():
     code = "from arb_hf_start import parser; import sys; e = sys.modules; parser(); sys.exit('torch' in e)"
     assert (
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONPATH": f"{ROOT}:{ROOT}/arb_hf/outside"}, check=False
+            [sys.executable, "-c", code], env={"PYTHONPATH": f"{ROOT}:{ROOT}/arb_hf/entry_points"}, check=False
         ).returncode
         == 0
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ArbFormatError
+from ..errors import ArbFormatError
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 INDEX = "model.safetensors.index.json"

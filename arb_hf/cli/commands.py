@@ -1,4 +1,4 @@
-"""The work of ``arb-hf``'s commands; their arguments are in :mod:`arb_hf.light.parser`.
+"""The work of ``arb-hf``'s commands; their arguments are in :mod:`arb_hf.cli.parser`.
 
 A command takes the parsed arguments and returns what it has to say, as data for ``--json`` and as text.
 """
@@ -24,14 +24,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from . import evaluate as evaluation
-from .calibrate.data import load_tokenizer
-from .config import ArbConfig
-from .export import export_dense, export_gguf
-from .hub import from_pretrained, load_report, push_folder, require_there, save_pretrained, write_card
-from .inspection import bits_per_weight, summary
-from .light.headers import inspect_folder
-from .report import REPORT_FILE, ArbReport, Measurement, plot_comparison
+from .. import evaluate as evaluation
+from ..calibrate.data import load_tokenizer
+from ..config import ArbConfig
+from ..export import export_dense, export_gguf
+from ..format.headers import inspect_folder
+from ..hub import from_pretrained, load_report, push_folder, require_there, save_pretrained, write_card
+from ..inspection import bits_per_weight, summary
+from ..report import REPORT_FILE, ArbReport, Measurement, plot_comparison
 
 logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -1,10 +1,9 @@
-"""``arb-hf``: the arguments of every command. The work is in :mod:`arb_hf.cli`, imported when a command needs it."""
+"""The arguments of ``arb-hf``'s commands. The work is in :mod:`arb_hf.cli.commands`, imported when a command needs it."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import importlib.metadata
 import inspect
 import json
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .headers import inspect_folder, printable, table
+from ..format.headers import inspect_folder, printable, table
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted"
 # Arguments of ArbConfig that a run fills in.
@@ -26,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["lm-eval"]:
-        return importlib.import_module("arb_hf.cli").lm_eval(argv[1:])
+        from . import commands
+
+        return commands.lm_eval(argv[1:])
     args, unknown = build_parser(argv).parse_known_args(argv)
     if unknown:
         args.usage_error(_unknown(unknown, args.options))
@@ -46,7 +47,9 @@ def execute(args: argparse.Namespace) -> int:
         if args.command == "inspect":
             result, text = _inspect(args)
         else:
-            result, text = importlib.import_module("arb_hf.cli").run(args)
+            from . import commands  # imports torch and transformers
+
+            result, text = commands.run(args)
     except KeyboardInterrupt:
         print("arb-hf: interrupted", file=sys.stderr)
         return 130
@@ -239,7 +242,8 @@ COMMANDS: dict[str, tuple[str, str, Add]] = {
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """An option for every argument of ArbConfig, with its default and its words; given ones are in ``args.config``."""
-    module = importlib.import_module("arb_hf.config")
+    from .. import config as module  # imports torch and transformers
+
     config = module.ArbConfig
     words = argument_docs(config.__doc__)
     group = parser.add_argument_group("options of the binarization (ArbConfig's)")
