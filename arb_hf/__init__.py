@@ -7,9 +7,10 @@ from transformers.quantizers import auto as _auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from . import evaluate, export, nn, scales
-from .binarize import BinaryWeight, binarize_weight
+from .binarize import binarize_weight
 from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbCalibrationError, ArbFormatError, ArbUploadError
+from .format.weight import BinaryWeight
 from .hub import from_pretrained, load_report, push_folder, push_to_hub, save_pretrained
 from .inspection import bits_per_weight, dequantize, summary
 from .quantizer import ArbHfQuantizer

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibrate.data import NAMED
-from .format.headers import inspect_folder
-from .report import REPORT_FILE, ArbReport, Measurement
+from .format.headers import REPORT_FILE, inspect_folder
+from .report import ArbReport, Measurement
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PLOT_FILE = "arb_report.png"

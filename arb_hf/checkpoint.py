@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import ArbFormatError
-from .form import WORD
+from .format import WORD
 from .format.headers import require_inside
+from .format.packing import unpack_mask
 from .nn import BinaryLinear
 from .nn.experts import find_stacks
-from .packing import unpack_mask
 
 SAFETENSORS_TYPES = {
     torch.int32: "I32",

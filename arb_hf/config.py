@@ -16,9 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .binarize.options import METHODS, REFINEMENTS, SALIENT_METRICS, BinarizeOptions
 from .errors import ArbFormatError
-from .form import SCALE_DTYPES, WORD, BinaryForm
+from .format import FORMAT_VERSION, WORD
+from .format.form import SCALE_DTYPES, BinaryForm
 from .overrides import select
-from .packing import FORMAT_VERSION
 
 QUANT_METHOD = "arb_hf"
 MAX_BLOCK_SIZE = 65536

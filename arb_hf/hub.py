@@ -22,9 +22,9 @@ from .card import MARKER, PLOT_FILE, is_hub_id, model_card, written_by_us
 from .checkpoint import binary_modules, check_counts, read_entries
 from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbFormatError, ArbUploadError
-from .format.headers import INDEX, read_json, shard_names
+from .format.headers import INDEX, REPORT_FILE, read_json, shard_names
 from .nn.scaled import require_frozen
-from .report import REPORT_FILE, ArbReport
+from .report import ArbReport
 
 logger = logging.getLogger(__name__)
 README = "README.md"

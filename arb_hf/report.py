@@ -17,8 +17,6 @@ from .binarize import SolveRecord
 from .coverage import Coverage
 from .errors import ArbFormatError
 
-REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
-
 
 @dataclass(frozen=True)
 class MatrixRecord:

@@ -113,7 +113,7 @@ def matrix(random: Random, torch: Any, *shape: int) -> Any:
 def kernels(random: Random, torch: Any) -> None:
     """The matmul and its transpose: any form, planes of any bits, a bitmap that may disagree with the count."""
     from arb_hf.errors import ArbFormatError
-    from arb_hf.form import SCALE_DTYPES, BinaryForm
+    from arb_hf.format.form import SCALE_DTYPES, BinaryForm
     from arb_hf.kernels import cpu
 
     n, m = random.choice((1, 2, 15, 16, 17, 33, 130, 500)), random.choice((1, 7, 8, 9, 31, 32, 33, 127, 129, 300, 700))

@@ -19,9 +19,9 @@ from arb_hf import ArbFormatError, ArbReport
 from arb_hf.binarize import SolveRecord
 from arb_hf.checkpoint import binary_modules
 from arb_hf.coverage import Coverage, Matrix
-from arb_hf.format.headers import inspect_folder, table
+from arb_hf.format.headers import REPORT_FILE, inspect_folder, table
 from arb_hf.kernels import reference
-from arb_hf.report import REPORT_FILE, MatrixRecord, Measurement
+from arb_hf.report import MatrixRecord, Measurement
 from conftest import DATA
 
 GOLDEN = DATA / "golden"

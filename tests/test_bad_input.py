@@ -16,12 +16,12 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from arb_hf.cli.commands.parser import main
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate.run import binarize_model
+from arb_hf.cli.parser import main
 from conftest import DATA, llama, token_samples, word_tokenizer, words
 
 PACKED = str(DATA / "golden" / "arb-rc-two-float16")

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from arb_hf.cli.commands.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser, main
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf import native
+from arb_hf.cli.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser, main
 from arb_hf.format import headers
 from arb_hf.report import ArbReport, TuneRecord
 from byte_model import save_byte_model

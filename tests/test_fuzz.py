@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arb_hf import kernels, native
-from arb_hf.form import SCALE_DTYPES
+from arb_hf.format.form import SCALE_DTYPES
+from arb_hf.format.packing import pack
 from arb_hf.kernels import cpu, reference
-from arb_hf.packing import pack
 from mutate import damage, inspection, outcome
 from test_kernels import FORMS, activations, error, random_weight
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from arb_hf.cli.commands.parser import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf import ArbFormatError
 from arb_hf.checkpoint import binary_modules, read_entries
+from arb_hf.cli.parser import main
 from arb_hf.config import ArbConfig
 from arb_hf.errors import ArbFormatError as SameError
 from arb_hf.format.headers import inspect_folder, require_inside, shard_names

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arb_hf import kernels, native
-from arb_hf.binarize.weight import BinaryWeight
 from arb_hf.errors import ArbFormatError
-from arb_hf.form import SCALE_DTYPES, SCALES, BinaryForm
+from arb_hf.format.form import SCALE_DTYPES, SCALES, BinaryForm
+from arb_hf.format.packing import pack, unpack
+from arb_hf.format.weight import BinaryWeight
 from arb_hf.kernels import cpu, gradients, reference
 from arb_hf.nn.linear import BinaryLinear
-from arb_hf.packing import pack, unpack
 
 ROOT = Path(__file__).parent.parent
 # groups, salient groups, column scales

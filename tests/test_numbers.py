@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from arb_hf import ArbCalibrationError, ArbConfig, binarize_weight
-from arb_hf.binarize import BinarizeOptions, BinaryWeight, binarize_and_record
+from arb_hf.binarize import BinarizeOptions, binarize_and_record
 from arb_hf.binarize.hessian import factorize
 from arb_hf.binarize.options import METHODS, REFINEMENTS
+from arb_hf.format.packing import pack
+from arb_hf.format.weight import BinaryWeight
 from arb_hf.nn import BinaryLinear
-from arb_hf.packing import pack
 from conftest import fresh_process, llama, token_samples
 
 HERE = Path(__file__).parent

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arb_hf.binarize.weight import BinaryWeight
-from arb_hf.form import SCALE_DTYPES, BinaryForm
-from arb_hf.packing import pack, pack_bits, pack_mask, stored_order, unpack, unpack_bits, unpack_mask
+from arb_hf.format.form import SCALE_DTYPES, BinaryForm
+from arb_hf.format.packing import pack, pack_bits, pack_mask, stored_order, unpack, unpack_bits, unpack_mask
+from arb_hf.format.weight import BinaryWeight
 
 
 @st.composite

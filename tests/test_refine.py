@@ -20,8 +20,8 @@ from arb_hf.binarize.refine import (
     round_with_feedback,
     start,
 )
+from arb_hf.format.packing import pack, unpack
 from arb_hf.nn import BinaryLinear
-from arb_hf.packing import pack, unpack
 
 FORMS = [
     pytest.param({"method": method, "group_bitmap": groups, "column_group_bitmap": columns}, id=f"{method}-{name}")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 INTERPRET = """
 import torch
 from arb_hf.kernels import reference, triton
-from arb_hf.packing import pack
+from arb_hf.format.packing import pack
 from test_kernels import FORMS, activations, random_weight
 torch.set_num_threads(1)
 SCALES = {(33, 131, 64): "int8", (5, 33, 32): "bfloat16", (20, 300, 128): "float32", (40, 280, 256): "float16"}

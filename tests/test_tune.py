@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from arb_hf.cli.commands.parser import build_parser
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import tiny
@@ -22,6 +21,7 @@ from arb_hf.calibrate.distributed import Processes
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.calibrate.spool import Spool, updated
 from arb_hf.calibrate.tune import best_alone, token_errors, tune_layer
+from arb_hf.cli.parser import build_parser
 from arb_hf.nn import BinaryLinear
 from arb_hf.report import ArbReport, TuneRecord
 from conftest import llama, token_samples

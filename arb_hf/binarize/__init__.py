@@ -2,6 +2,5 @@
 
 from .options import BinarizeOptions
 from .solve import SolveRecord, binarize_and_record, binarize_weight
-from .weight import BinaryWeight
 
-__all__ = ["BinarizeOptions", "BinaryWeight", "SolveRecord", "binarize_and_record", "binarize_weight"]
+__all__ = ["BinarizeOptions", "SolveRecord", "binarize_and_record", "binarize_weight"]

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..form import BinaryForm
+from ..format.form import BinaryForm
+from ..format.weight import BinaryWeight, as_signs
 from .coded import FIRST, GROUP, SECOND, CodedBlock
 from .hessian import HessianFactor, damped
 from .options import BinarizeOptions
@@ -28,7 +29,6 @@ from .refine import (
     round_with_feedback,
     start,
 )
-from .weight import BinaryWeight, as_signs
 
 SWEEPS = 2
 PUBLISHED_SALIENT = 0.045  # of the columns; what the published search settles on, by the Hessian metric

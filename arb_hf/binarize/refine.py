@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..form import BinaryForm
+from ..format.form import BinaryForm
+from ..format.weight import decode_columns, decode_rows, encode_columns, encode_rows
 from . import native
 from .coded import GROUP, CodedBlock, signs_of
 from .sweep import PANEL, Sweep, round_columns
-from .weight import decode_columns, decode_rows, encode_columns, encode_rows
 
 # Steps of least squares are drawn to the scales they start from by this fraction of the mean curvature: a scale that
 # no weight of the row uses keeps its value, and the objective can only fall.

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ArbCalibrationError
-from ..form import BinaryForm
+from ..format.form import BinaryForm
+from ..format.weight import BinaryWeight
 from . import arb, billm, partition, rc, x
 from .fit import Fit, binarize_residual
 from .full import binarize_full
 from .hessian import HessianFactor, factorize, output_error
 from .options import BinarizeOptions
 from .partition import Partition
-from .weight import BinaryWeight
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import ArbConfig
 from ..coverage import Coverage, Matrix
 from ..errors import ArbCalibrationError
-from ..form import WORD
+from ..format import WORD
 from ..nn.experts import find_stacks
 from ..overrides import covers
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..binarize import BinaryWeight, SolveRecord
+from ..binarize import SolveRecord
 from ..errors import ArbCalibrationError
+from ..format.weight import BinaryWeight
 from .capture import LayerCalls
 from .hessians import InputGroup, Moment
 

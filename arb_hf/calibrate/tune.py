@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..binarize import BinaryWeight
 from ..binarize.latent import LatentWeight
+from ..format.weight import BinaryWeight
 from ..report import TuneRecord
 from .capture import LayerCalls, run_layer
 from .distributed import Processes

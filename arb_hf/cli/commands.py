@@ -28,10 +28,10 @@ from .. import evaluate as evaluation
 from ..calibrate.data import load_tokenizer
 from ..config import ArbConfig
 from ..export import export_dense, export_gguf
-from ..format.headers import inspect_folder
+from ..format.headers import REPORT_FILE, inspect_folder
 from ..hub import from_pretrained, load_report, push_folder, require_there, save_pretrained, write_card
 from ..inspection import bits_per_weight, summary
-from ..report import REPORT_FILE, ArbReport, Measurement, plot_comparison
+from ..report import ArbReport, Measurement, plot_comparison
 
 logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -1,4 +1,4 @@
-/* The binary matmul: the parts that its instruction sets share. The packed format is that of arb_hf/packing.py.
+/* The binary matmul: the parts that its instruction sets share. The packed format is that of arb_hf/format/packing.py.
  *
  * A layer is cut into sections: at most SECTION stored columns of one block whose weights share their scales. Ordinary
  * columns make sections of one sign plane; salient columns make two, one for each order. A group bitmap splits the sum

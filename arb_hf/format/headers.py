@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArbFormatError
+from . import WORD
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 INDEX = "model.safetensors.index.json"
-REPORT = "arb_report.json"
-WORD = 32
+REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
 # Bits of a number of each type; a header may name others.
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
 BITS |= {"I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
@@ -163,7 +163,7 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
         "bits_per_weight": binary["bits"] / binary["weights"] if binary["weights"] else None,
         "missing": [name for name in modules if name not in covered],
         "tensors": {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in tensors.items()},
-        "report": read_json(folder / REPORT) if (folder / REPORT).is_file() else None,
+        "report": read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None,
     }
 
 
@@ -199,7 +199,9 @@ def _report_lines(report: Mapping[str, Any]) -> list[str]:
             before = "" if each.get("baseline") is None else f" (original {each['baseline']:.4g})"
             lines.append(f"{each['metric']} on {each['data']}, {each['protocol']}: {each['value']:.4g}{before}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ArbFormatError(f"{REPORT}: not a report of an arb_hf run: {type(error).__name__}: {error}") from error
+        raise ArbFormatError(
+            f"{REPORT_FILE}: not a report of an arb_hf run: {type(error).__name__}: {error}"
+        ) from error
     return lines
 
 

@@ -1,7 +1,7 @@
 """The binary matmul, declared once as a torch operator.
 
 ``torch.ops.arb_hf.binary_linear(x, ...)`` computes ``x @ W^T`` for any leading dimensions of ``x`` from the packed tensors
-of one layer (:mod:`arb_hf.packing`), in x's dtype, accumulating in float32. The form of the weight is a function of the
+of one layer (:mod:`arb_hf.format.packing`), in x's dtype, accumulating in float32. The form of the weight is a function of the
 tensors' shapes and ``block_size`` (:func:`form_of`).
 
 ``ARB_HF_KERNEL`` chooses what runs it: ``reference`` (torch), ``cpu`` (the C library), ``triton`` (GPU), or ``auto``: the
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..form import SCALE_DTYPES, BinaryForm
+from ..format.form import SCALE_DTYPES, BinaryForm
 from . import cpu, reference
 from .gradients import scale_gradients
 

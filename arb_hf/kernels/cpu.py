@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import native
 from ..errors import ArbFormatError
-from ..form import BinaryForm
+from ..format.form import BinaryForm
 
 # Number of each type in csrc/linear.h.
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}

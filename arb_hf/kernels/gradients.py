@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..form import SCALES, BinaryForm
-from ..packing import stored_order, unpack_mask
+from ..format.form import SCALES, BinaryForm
+from ..format.packing import stored_order, unpack_mask
 from .reference import PLANES, TILE_ROWS, Scales, in_blocks, plane_bits, plane_signs, second_signs
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..binarize.weight import decode_columns, decode_rows
-from ..form import BinaryForm
-from ..packing import stored_order, unpack_bits, unpack_mask
+from ..format.form import BinaryForm
+from ..format.packing import stored_order, unpack_bits, unpack_mask
+from ..format.weight import decode_columns, decode_rows
 
 TILE_ROWS = 512
 PLANES: tuple[str, ...] = ("weight", "second_plane", "salient_groups")
@@ -44,7 +44,7 @@ class Scales:
 
 
 def tiles(tensors: dict[str, Tensor], form: BinaryForm, rows: int = TILE_ROWS) -> Iterator[tuple[slice, Tensor]]:
-    """Dense tiles ``[in_features, rows]`` in float32, columns in **stored** order (see :mod:`arb_hf.packing`)."""
+    """Dense tiles ``[in_features, rows]`` in float32, columns in **stored** order (see :mod:`arb_hf.format.packing`)."""
     salient = unpack_mask(tensors["salient_columns"], form.in_features)
     where = salient[stored_order(salient, form.block_size)].nonzero()[:, 0]
     scales = Scales.of(tensors, form)

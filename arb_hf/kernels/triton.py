@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..form import WORD, BinaryForm
+from ..format import WORD
+from ..format.form import BinaryForm
 
 VECTOR_TOKENS = 4  # at most so many tokens go by the kernel without tensor cores
 SPLITS = 8  # parts of the columns that the kernel for few tokens runs side by side

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..binarize.weight import BinaryWeight
-from ..form import BinaryForm
+from ..format.form import BinaryForm
+from ..format.packing import pack, unpack
+from ..format.weight import BinaryWeight
 from ..kernels import binary_linear, shortcut_for
 from ..kernels.cpu import Shortcut
-from ..packing import pack, unpack
 
 _SAME_SIZE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 

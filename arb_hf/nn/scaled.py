@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..form import SCALES
+from ..format.form import SCALES
+from ..format.packing import pack, unpack
 from ..kernels import binary_linear
-from ..packing import pack, unpack
 from .linear import BinaryLinear
 
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from arb_hf import native
-from arb_hf.form import BinaryForm
+from arb_hf.format.form import BinaryForm
+from arb_hf.format.packing import pack_mask
 from arb_hf.kernels import binary_linear, reference
 from arb_hf.nn.linear import BinaryLinear
-from arb_hf.packing import pack_mask
 
 SHAPES = ((576, 576), (1536, 576), (4096, 4096), (11008, 4096))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256, 2048)

@@ -13,7 +13,7 @@ class _Found(ModuleType):
     """A package that was found and has not run yet: it runs when something is asked of it that it does not have."""
 
     def __getattr__(self, name: str) -> Any:
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # type: ignore[assignment]
         assert self.__spec__ is not None and self.__spec__.loader is not None
         self.__spec__.loader.exec_module(self)
         return getattr(self, name)

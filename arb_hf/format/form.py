@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-WORD = 32  # columns per int32 word of a plane
+from . import WORD
+
 SCALE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -77,7 +78,7 @@ class BinaryForm:
         return self.scale_slots + self.groups + group
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of every stored tensor, bias apart. :mod:`arb_hf.packing` says what they hold."""
+        """Name, shape and dtype of every stored tensor, bias apart. :mod:`arb_hf.format.packing` says what they hold."""
         n, m, c = self.out_features, self.in_features, self.salient_columns
         words, salient_words = math.ceil(m / WORD), math.ceil(c / WORD)
         scale = SCALE_DTYPES[self.scale_dtype]

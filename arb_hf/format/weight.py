@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArbCalibrationError
-from ..form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
+from .form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
 
 INT8_LEVELS = 127
 LOST = 1 / 16  # of the scales, in norm: rounding takes 0.2 % at most, so more is underflow
@@ -30,7 +30,7 @@ class BinaryWeight:
     (0 small-magnitude, 1 large-magnitude). arb-rc has column scales and no means; the other methods the reverse.
 
     Attributes:
-        form: shapes, options and slots; see :class:`arb_hf.form.BinaryForm`.
+        form: shapes, options and slots; see :class:`arb_hf.format.form.BinaryForm`.
         signs: int8 ``[n, m]``, first plane: -1, +1, or 0 where the published algorithm leaves a weight exactly on
             its mean (packing makes it +1).
         second_signs: int8 ``[n, salient columns]``, second plane, salient columns in ascending order.
