@@ -11,7 +11,8 @@ import functools
 import os
 from pathlib import Path
 
-import torch  # noqa: F401  (first: the library shares torch's OpenMP, its threads and their number)
+import torch  # first: the library shares torch's OpenMP, its threads and their number
+from torch import Tensor
 
 ISA_VARIABLE = "ARB_HF_CPU_ISA"
 ISAS = ("plain", "avx2", "avx512")  # in rising order; csrc/native.h knows the same numbers
@@ -55,3 +56,24 @@ def isa() -> int:
     if ISAS.index(wanted) > best:
         raise RuntimeError(f"{ISA_VARIABLE}={wanted} is not available: this processor offers {ISAS[best]}")
     return ISAS.index(wanted)
+
+
+def usable(values: Tensor) -> bool:
+    """Whether the C library is there and can work on this tensor."""
+    return values.device.type == "cpu" and values.dtype == torch.float32 and library() is not None
+
+
+def call(name: str, *arguments: Tensor | int | None) -> None:
+    """Contiguous tensors go as pointers, None as null, ints as int64; a result other than 0 is a lack of memory."""
+    function = getattr(require(), name)
+    function.restype = ctypes.c_int
+    assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name
+    raw = [_raw(argument) for argument in arguments]
+    if function(*raw) != 0:
+        raise MemoryError(f"{name} found no memory for its work space")
+
+
+def _raw(argument: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())

@@ -154,29 +154,29 @@ def kernels(random: Random, torch: Any) -> None:
 
 def searches(random: Random, torch: Any) -> None:
     """The searches for salient columns and thresholds, and the sort."""
-    from arb_hf.binarize import native
+    from arb_hf.binarize.paper import compiled
 
     n, c = random.choice((1, 2, 31, 32, 33, 70)), random.choice((2, 3, 7, 16, 33, 64, 129))
     metric = matrix(random, torch, n, c)
-    native.salient_errors(metric, random.randint(1, c - 1))
+    compiled.salient_errors(metric, random.randint(1, c - 1))
     thresholds = matrix(random, torch, random.choice((1, 2, 81))).abs().sort().values
     if random.random() < 0.1:
         thresholds = thresholds.flip(0)
-    native.split_errors(metric, thresholds, random.choice((1, 2)))
+    compiled.split_errors(metric, thresholds, random.choice((1, 2)))
     ordinary = torch.rand(c) < random.choice((0.0, 0.5, 1.0))
-    native.output_errors(metric[:, ordinary], thresholds, ordinary, metric[:, ~ordinary], matrix(random, torch, c, c))
-    native.sort_magnitudes(metric.abs().flatten()[: random.choice((0, 1, 5, n * c))])
+    compiled.output_errors(metric[:, ordinary], thresholds, ordinary, metric[:, ~ordinary], matrix(random, torch, c, c))
+    compiled.sort_magnitudes(metric.abs().flatten()[: random.choice((0, 1, 5, n * c))])
 
 
 def updates(random: Random, torch: Any) -> None:
     """The alternating updates of both methods."""
-    from arb_hf.binarize import native
+    from arb_hf.binarize.paper import compiled
 
     n, c = random.choice((1, 2, 31, 32, 33, 70)), random.choice((1, 2, 7, 33, 64, 129))
     values = matrix(random, torch, n, c)
     member = (torch.rand(n, c) < random.choice((0.0, 0.1, 0.9, 1.0))).float()
-    native.fit_means(values, member, random.choice((1, 2)), random.choice((0, 1, 3)))
-    native.fit_scales(values, member, random.choice((0, 1, 3)))
+    compiled.fit_arb(values, member, random.choice((1, 2)), random.choice((0, 1, 3)))
+    compiled.fit_arb_rc(values, member, random.choice((0, 1, 3)))
 
 
 def matrices(random: Random, torch: Any) -> None:

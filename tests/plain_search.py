@@ -1,9 +1,9 @@
-"""The searches as plain loops over candidates: the oracle of ``arb_hf.binarize.search``."""
+"""The searches as plain loops over candidates: the oracle of ``arb_hf.binarize.paper.search``."""
 
 import torch
 from torch import Tensor
 
-from arb_hf.binarize.fit import binarize_residual
+from arb_hf.binarize.paper.fit import binarize_residual
 
 
 def square_sum(values: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import arb_hf.native
 import plain_search as plain
-from arb_hf.binarize import native, partition, search
-from arb_hf.binarize.hessian import factorize
+from arb_hf import native
+from arb_hf.binarize.hessian import factorize, saliency
+from arb_hf.binarize.paper import compiled, partition, search
 from conftest import DATA
 
-HAS_LIBRARY = arb_hf.native.library() is not None
+HAS_LIBRARY = native.library() is not None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the C library is not built")
 
 
@@ -101,7 +101,7 @@ def oracle_choices(case: str, metric_name: str) -> list[tuple]:
     blocks = []
     for start in range(0, weight.shape[1], 128):
         span = slice(start, min(start + 128, weight.shape[1]))
-        metric, moment = partition.saliency(weight[:, span], diagonal[span], metric_name), hessian[span, span] / 2
+        metric, moment = saliency(weight[:, span], diagonal[span], metric_name), hessian[span, span] / 2
         candidates = min(50, metric.shape[1]) - 1
         count = 1 + first_smallest(plain.salient_errors(ranked(metric), candidates), metric)
         salient = torch.zeros(metric.shape[1], dtype=torch.bool)
@@ -174,15 +174,15 @@ def test_results_depend_on_neither_threads_nor_instruction_set(monkeypatch):
     def results():
         values = metric[:, ordinary]
         return [
-            native.salient_errors(ranked(metric), 49),
-            native.split_errors(metric, thresholds, 1),
-            native.split_errors(metric, thresholds, 2),
-            native.output_errors(values, thresholds, ordinary, metric[:, ~ordinary], moment),
+            compiled.salient_errors(ranked(metric), 49),
+            compiled.split_errors(metric, thresholds, 1),
+            compiled.split_errors(metric, thresholds, 2),
+            compiled.output_errors(values, thresholds, ordinary, metric[:, ~ordinary], moment),
         ]
 
     expected, threads = results(), torch.get_num_threads()
-    for isa in range(arb_hf.native.isa() + 1):
-        monkeypatch.setattr(arb_hf.native, "isa", lambda isa=isa: isa)
+    for isa in range(native.isa() + 1):
+        monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             try:

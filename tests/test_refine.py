@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from arb_hf import native as library
-from arb_hf.binarize import BinarizeOptions, binarize_and_record, binarize_weight, native
-from arb_hf.binarize.full import assemble, choose_salient_columns
-from arb_hf.binarize.hessian import damped, factorize
-from arb_hf.binarize.refine import (
+from arb_hf import native
+from arb_hf.binarize import BinarizeOptions, binarize_and_record, binarize_weight
+from arb_hf.binarize.full.driver import assemble, choose_salient_columns
+from arb_hf.binarize.full.steps import (
     descend_codes,
     exact_compensation,
     fit_columns,
@@ -20,6 +19,7 @@ from arb_hf.binarize.refine import (
     round_with_feedback,
     start,
 )
+from arb_hf.binarize.hessian import damped, factorize
 from arb_hf.format.packing import pack, unpack
 from arb_hf.nn import BinaryLinear
 
@@ -210,9 +210,9 @@ def test_without_data_and_with_dead_columns():
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
 @pytest.mark.parametrize("options", FORMS)
 def test_the_c_rounding_makes_the_choices_of_the_plain_one(options, isa, monkeypatch):
-    if library.ISAS.index(isa) > library.isa():
+    if native.ISAS.index(isa) > native.isa():
         pytest.skip(f"this processor has no {isa}")
-    monkeypatch.setattr(library, "isa", lambda: library.ISAS.index(isa))
+    monkeypatch.setattr(native, "isa", lambda: native.ISAS.index(isa))
     generator = torch.Generator().manual_seed(3)
     for n, k in ((1, 33), (129, 7), (300, 128)):
         weight, hessian = problem(n, k)

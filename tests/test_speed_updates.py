@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-import arb_hf.native
-from arb_hf.binarize import BinarizeOptions, arb, binarize_weight, native, rc
+from arb_hf import native
+from arb_hf.binarize import BinarizeOptions, binarize_weight
+from arb_hf.binarize.paper import arb, arb_rc, compiled
 
-pytestmark = pytest.mark.skipif(arb_hf.native.library() is None, reason="the C library is not built")
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the C library is not built")
 
 
 def group(rows: int, columns: int, density: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +30,7 @@ def difference(fit, other, member) -> float:
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(("rows", "columns", "density"), [(300, 120, 0.9), (97, 64, 0.1), (1, 9, 0.8), (513, 7, 0.5)])
-@pytest.mark.parametrize("method", [arb, rc])
+@pytest.mark.parametrize("method", [arb, arb_rc])
 def test_fits_are_those_of_torch(monkeypatch, method, order, rows, columns, density):
     values, member = group(rows, columns, density)
     if rows == 1:
@@ -46,12 +47,12 @@ def test_fits_are_those_of_torch(monkeypatch, method, order, rows, columns, dens
         assert found.columns is None or all(column[0] == 0 for column in found.columns)
 
 
-@pytest.mark.parametrize("method", [arb, rc])
+@pytest.mark.parametrize("method", [arb, arb_rc])
 def test_fits_depend_on_neither_threads_nor_instruction_set(monkeypatch, method):
     values, member = group(5000, 40, 0.5)
     expected, threads = method.fit(values, member, 2, 15), torch.get_num_threads()
-    for isa in range(arb_hf.native.isa() + 1):
-        monkeypatch.setattr(arb_hf.native, "isa", lambda isa=isa: isa)
+    for isa in range(native.isa() + 1):
+        monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             try:
@@ -89,6 +90,6 @@ def test_a_lack_of_memory_is_an_error(monkeypatch):
 
             return fail
 
-    monkeypatch.setattr(arb_hf.native, "require", Library)
+    monkeypatch.setattr(native, "require", Library)
     with pytest.raises(MemoryError, match="arb_split_errors"):
-        native.split_errors(torch.zeros(4, 4), torch.zeros(3), 1)
+        compiled.split_errors(torch.zeros(4, 4), torch.zeros(3), 1)

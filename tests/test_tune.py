@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 import tiny
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.binarize import BinarizeOptions, binarize_weight
-from arb_hf.binarize import latent as latent_module
-from arb_hf.binarize.full import assemble, take_apart
+from arb_hf.binarize.full import latent as latent_module
+from arb_hf.binarize.full.driver import assemble, take_apart
+from arb_hf.binarize.full.latent import LatentWeight
 from arb_hf.binarize.hessian import output_error
-from arb_hf.binarize.latent import LatentWeight
 from arb_hf.calibrate import distributed, run, tune
 from arb_hf.calibrate.capture import LayerCalls, capture, run_layer
 from arb_hf.calibrate.data import Batch

@@ -39,6 +39,11 @@ def output_error(difference: Tensor, weight: Tensor, hessian: Tensor) -> float:
     return lost / total if total > 0 else 0.0
 
 
+def saliency(values: Tensor, diagonal: Tensor, metric: str) -> Tensor:
+    """T: the weights themselves, or ``w^2 / [(H_j:,j:)^-1]_jj``, the OBS saliency."""
+    return values if metric == "magnitude" else values.square() / diagonal.square()
+
+
 def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.device | None = None) -> HessianFactor:
     """Dead columns, damping and the factor U of the inverse (GPTQ, arXiv 2210.17323, "Cholesky reformulation").
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..binarize import binarize_and_record
 from ..binarize.hessian import NOT_FINITE, HessianFactor, factorize
-from ..binarize.solve import require_finite_weight
+from ..binarize.units import require_finite_weight
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
 from .capture import LayerCalls

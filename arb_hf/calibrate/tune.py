@@ -2,7 +2,7 @@
 
 The layer's inputs come through the binarized layers before it, its targets from the full-precision model at the same
 place, so that a layer also makes up for the drift of those before it. The format stays as it is: latent weights
-(:mod:`arb_hf.binarize.latent`) are gone when the layer is done. What does not help on held-out sequences is discarded.
+(:mod:`arb_hf.binarize.full.latent`) are gone when the layer is done. What does not help on held-out sequences is discarded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..binarize.latent import LatentWeight
+from ..binarize.full.latent import LatentWeight
 from ..format.weight import BinaryWeight
 from ..report import TuneRecord
 from .capture import LayerCalls, run_layer

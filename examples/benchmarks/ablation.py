@@ -31,10 +31,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arb_hf import bits_per_weight
-from arb_hf.binarize import BinarizeOptions, binarize_weight, full
-from arb_hf.binarize.coded import CodedBlock
+from arb_hf.binarize import BinarizeOptions, binarize_weight
+from arb_hf.binarize.full import driver
+from arb_hf.binarize.full.coded import CodedBlock
+from arb_hf.binarize.full.steps import nearest_codes
 from arb_hf.binarize.hessian import output_error
-from arb_hf.binarize.refine import nearest_codes
 from arb_hf.calibrate.capture import capture, run_layer
 from arb_hf.calibrate.data import Batch, read_text, tokenize
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
@@ -78,7 +79,7 @@ def taking(steps: Steps) -> Iterator[None]:
     """Within, ``refinement="full"`` takes these steps only; a sweep is one step, whatever it is made of."""
     sweeping = threading.local()  # matrices may be binarized side by side
 
-    def sweep(*arguments: Any, whole: Callable = full._descend, **options: Any) -> list[CodedBlock]:
+    def sweep(*arguments: Any, whole: Callable = driver._descend, **options: Any) -> list[CodedBlock]:
         sweeping.now = True
         try:
             return whole(*arguments, **options)
@@ -103,10 +104,10 @@ def taking(steps: Steps) -> Iterator[None]:
     if not steps.exact:
         replaced["exact_compensation"] = as_published
     if not steps.rows:
-        replaced["fit_rows"] = without_curvature(full.fit_rows)
+        replaced["fit_rows"] = without_curvature(driver.fit_rows)
     if not steps.columns:
-        replaced["fit_columns"] = without_curvature(full.fit_columns)
-    with patch.multiple(full, **replaced):
+        replaced["fit_columns"] = without_curvature(driver.fit_columns)
+    with patch.multiple(driver, **replaced):
         yield
 
 

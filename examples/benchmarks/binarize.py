@@ -23,10 +23,11 @@ import published_loops as published
 import torch
 from torch import Tensor
 
-from arb_hf import native as library
-from arb_hf.binarize import BinarizeOptions, arb, native, partition, rc, x
-from arb_hf.binarize.hessian import factorize
-from arb_hf.binarize.solve import solve
+from arb_hf import native
+from arb_hf.binarize import BinarizeOptions
+from arb_hf.binarize.hessian import factorize, saliency
+from arb_hf.binarize.matrix import solve
+from arb_hf.binarize.paper import arb, arb_rc, arb_x, partition
 
 Stage = dict[str, Callable[[], object]]  # version -> what to time
 PEER = "published"
@@ -42,7 +43,7 @@ def without_library(work: Callable[[], object]) -> Callable[[], object]:
 
 def versions(peer: Callable[[], object], ours: Callable[[], object]) -> Stage:
     stage = {PEER: peer, "torch": without_library(ours)}
-    return stage | {"C": ours} if library.library() is not None else stage
+    return stage | {"C": ours} if native.library() is not None else stage
 
 
 def random_problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def stages(rows: int) -> dict[str, Stage]:
     """Searches and update loops of one block ``[rows, 128]``."""
     weight, hessian = random_problem(rows, 128)
     diagonal = factorize(hessian, 128, 0.01).upper.diagonal()
-    metric = partition.saliency(weight, diagonal, "hessian")
+    metric = saliency(weight, diagonal, "hessian")
     salient = partition.find_salient_columns(metric, 50)
     everywhere = salient.expand_as(metric)
     rest = published.residual_binarization(metric, everywhere, 2)
@@ -102,8 +103,8 @@ def update(weight: Tensor, mask: Tensor, columns: Tensor, order: int, method: st
     values, member = weight[:, columns], mask[:, columns].float()
     fits: dict[str, Callable[[], object]] = {
         "arb": lambda: arb.fit(values, member, order, 15),
-        "arb-rc": lambda: rc.fit(values, member, order, 15),
-        "arb-x": lambda: x.fit(values, member, order, 15, moment[columns][:, columns]),
+        "arb-rc": lambda: arb_rc.fit(values, member, order, 15),
+        "arb-x": lambda: arb_x.fit(values, member, order, 15, moment[columns][:, columns]),
     }
     return versions(lambda: published.binarize_group(weight, mask, order, method, moment), fits[method])
 
@@ -172,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows, size, repeats = (512, 192, 1) if arguments.quick else (4096, 576, 5)
-    isa = library.ISAS[library.isa()] if library.library() is not None else "none"
+    isa = native.ISAS[native.isa()] if native.library() is not None else "none"
     print(f"C library: {isa}; one thread, CPU time, median of {repeats}")
     work = {f"{name}, {rows} x 128": stage for name, stage in stages(rows).items()}
     work |= {f"{name}, 512 x 128": stage for name, stage in stages(512).items() if "update arb-x" in name}

@@ -28,7 +28,8 @@ from protocol import LENGTH, add_data_option, calibration_tokens, calibration_wi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arb_hf import ArbConfig
-from arb_hf.binarize import solve
+from arb_hf.binarize import matrix
+from arb_hf.binarize.paper import driver
 from arb_hf.calibrate import hessians, layer, matrices
 
 # Where each stage is entered from; none of them is inside another.
@@ -37,9 +38,9 @@ ENTRIES: list[tuple[str, Any, str]] = [
     ("forward, binary", layer, "run_layer"),
     ("H", hessians.Moment, "add"),
     ("factor", matrices, "factorize"),
-    ("search", solve, "_partition"),
-    ("update", solve, "_binarize_block"),
-    ("update", solve, "binarize_full"),
+    ("search", driver, "_partition"),
+    ("update", driver, "_binarize_block"),
+    ("update", matrix, "binarize_full"),
 ]
 
 

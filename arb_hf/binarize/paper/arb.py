@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
+from ... import native
+from . import compiled
 from .fit import Fit, binarize_residual, nearest_pair, row_mean
 
 EPSILON = 1e-8
@@ -14,7 +15,7 @@ EPSILON = 1e-8
 def fit(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
     """Alternate mean, scales and signs of one group. ``member`` is float ``[n, k]``."""
     if native.usable(values):
-        return native.fit_means(values, member, order, iterations)
+        return compiled.fit_arb(values, member, order, iterations)
     return _first_order(values, member, iterations) if order == 1 else _second_order(values, member, iterations)
 
 

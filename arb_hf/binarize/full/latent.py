@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..format.weight import BinaryWeight
+from ...format.weight import BinaryWeight
 from .coded import CodedBlock
-from .full import assemble, spans, take_apart
-from .refine import nearest_codes, round_scales
+from .driver import assemble, spans, take_apart
+from .steps import nearest_codes, round_scales
 
 
 class LatentWeight:

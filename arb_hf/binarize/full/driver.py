@@ -1,4 +1,4 @@
-"""`refinement="full"`: one matrix, by the steps of :mod:`~arb_hf.binarize.refine`.
+"""`refinement="full"`: one matrix, by the steps of :mod:`~arb_hf.binarize.full.steps`.
 
 First the published way, column blocks left to right, each block's error carried on to the blocks after it, but with
 levels that every weight chooses freely and errors fed back column by column. Then sweeps of block coordinate descent
@@ -13,13 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..format.form import BinaryForm
-from ..format.weight import BinaryWeight, as_signs
+from ...format.form import BinaryForm
+from ...format.weight import BinaryWeight, as_signs
+from ..hessian import HessianFactor, damped, saliency
+from ..options import BinarizeOptions
 from .coded import FIRST, GROUP, SECOND, CodedBlock
-from .hessian import HessianFactor, damped
-from .options import BinarizeOptions
-from .partition import saliency
-from .refine import (
+from .steps import (
     descend_codes,
     exact_compensation,
     fit_columns,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import native
+from ... import native
+from . import compiled
 
 CPU_ELEMENTS, GPU_ELEMENTS = 1 << 18, 1 << 24  # of one intermediate tensor: what a core's cache, or a GPU, likes
 
@@ -27,7 +28,7 @@ def salient_errors(ranked: Tensor, candidates: int) -> Tensor:
         candidates: how many counts to try.
     """
     if native.usable(ranked):
-        return native.salient_errors(ranked, candidates)
+        return compiled.salient_errors(ranked, candidates)
     c = ranked.shape[1]
     first = torch.arange(c, device=ranked.device) < torch.arange(1, candidates + 1, device=ranked.device)[:, None]
     parts = torch.stack([first, ~first], 1).to(ranked.dtype)  # [candidates, 2, c]: the columns of both parts
@@ -73,7 +74,7 @@ def split_errors(metric: Tensor, thresholds: Tensor, order: int) -> Tensor:
         order: 1 or 2.
     """
     if native.usable(metric):
-        return native.split_errors(metric, thresholds, order)
+        return compiled.split_errors(metric, thresholds, order)
     gain = metric.new_zeros(thresholds.numel(), dtype=torch.float64)
     for rows in _row_chunks(metric, thresholds.numel() * 2):
         for group in _groups(rows, thresholds):
@@ -92,7 +93,7 @@ def output_errors(metric: Tensor, thresholds: Tensor, ordinary: Tensor, rest: Te
         second_moment: S, ``[c, c]``.
     """
     if native.usable(metric):
-        return native.output_errors(metric, thresholds, ordinary, rest, second_moment)
+        return compiled.output_errors(metric, thresholds, ordinary, rest, second_moment)
     within, across = second_moment[ordinary][:, ordinary], second_moment[~ordinary][:, ordinary]
     total = ((rest @ second_moment[~ordinary][:, ~ordinary]) * rest).sum(dtype=torch.float64)
     errors = total.expand(thresholds.numel()).clone()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..format.form import BinaryForm
+from ...format.form import BinaryForm
 
 SECOND, FIRST, GROUP = 1, 2, 4  # bits of a code
 

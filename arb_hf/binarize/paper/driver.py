@@ -1,126 +1,23 @@
-"""One matrix: column blocks left to right, each partitioned, binarized and its error carried on."""
+"""`refinement="paper"`: one matrix, column blocks left to right, each partitioned, binarized and its error carried on."""
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArbCalibrationError
-from ..format.form import BinaryForm
-from ..format.weight import BinaryWeight
-from . import arb, billm, partition, rc, x
+from ...format.form import BinaryForm
+from ...format.weight import BinaryWeight
+from ..hessian import HessianFactor, saliency
+from ..options import BinarizeOptions
+from ..units import in_units
+from . import arb, arb_rc, arb_x, billm, partition
 from .fit import Fit, binarize_residual
-from .full import binarize_full
-from .hessian import HessianFactor, factorize, output_error
-from .options import BinarizeOptions
 from .partition import Partition
 
 
-@dataclass(frozen=True)
-class SolveRecord:
-    """What binarizing one matrix did.
-
-    ``output_error``: tr(dW H dW^T) / tr(W H W^T) of the weights as stored; None without a Hessian.
-    ``weight_error``: |dW|^2 / |W|^2. ``damping``: the relative damping used. ``data_free``: no Hessian could be used.
-    ``seconds``: time taken.
-    """
-
-    output_error: float | None
-    weight_error: float
-    damping: float
-    data_free: bool
-    dead_columns: int
-    salient_columns: int
-    bits_per_weight: float
-    seconds: float
-
-
-def binarize_weight(weight: Tensor, hessian: Tensor | None, config: Any) -> BinaryWeight:
-    """Binarize one matrix.
-
-    Args:
-        weight: ``[out, in]``, any floating type; not changed.
-        hessian: ``[in, in]``, ``(2 / N) * sum_s X_s^T X_s`` over N calibration sequences; None binarizes without data.
-        config: an :class:`arb_hf.ArbConfig` or :class:`BinarizeOptions`.
-
-    Returns:
-        The binary weight with float32 scales; packing rounds them to ``scale_dtype``. For a power of two c, the result
-        for ``c * weight`` is exactly c times that for ``weight``. The same input gives the same bits on the same machine
-        with the same number of threads.
-
-    Raises:
-        ArbCalibrationError: weight or Hessian is not finite, or their shapes do not fit.
-    """
-    weight, unit = in_units(_checked(weight))
-    options = BinarizeOptions.of(config)
-    factor = factorize(hessian, weight.shape[1], options.damping, weight.device)
-    return solve(weight, hessian, factor, options).scaled(unit)
-
-
-def binarize_and_record(
-    weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions
-) -> tuple[BinaryWeight, SolveRecord]:
-    """Like :func:`binarize_weight` with a given factor (linears that share an input share it), and what it did."""
-    start = time.perf_counter()
-    weight, unit = in_units(_checked(weight))
-    binary = solve(weight, hessian, factor, options).scaled(unit)
-    binary.require_storable()
-    difference = weight - binary.rounded().scaled(1 / unit).dequantize()
-    energy = weight.square().sum(dtype=torch.float64).item()
-    record = SolveRecord(
-        output_error=None if hessian is None else output_error(difference, weight, hessian),
-        weight_error=difference.square().sum(dtype=torch.float64).item() / energy if energy > 0 else 0.0,
-        damping=factor.damping,
-        data_free=factor.data_free,
-        dead_columns=int(factor.dead.sum()),
-        salient_columns=binary.form.salient_columns,
-        bits_per_weight=binary.bits_per_weight(),
-        seconds=time.perf_counter() - start,
-    )
-    return binary, record
-
-
-def _checked(weight: Tensor) -> Tensor:
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ArbCalibrationError(
-            f"a weight matrix has two dimensions, none empty; this one has shape {list(weight.shape)}"
-        )
-    require_finite_weight(weight)
-    return weight.detach().to(torch.float32)
-
-
-def require_finite_weight(weight: Tensor) -> None:
-    """Raise :class:`ArbCalibrationError` if a weight holds NaN or infinite entries."""
-    if not torch.isfinite(weight.sum(dtype=torch.float64)):  # one pass; float64 holds any sum of finite weights
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ArbCalibrationError(f"the weight is not finite: {bad} of {weight.numel()} entries are NaN or infinite")
-
-
-def in_units(weight: Tensor) -> tuple[Tensor, float]:
-    """A matrix as ``(weight / unit, unit)`` with the power of two ``unit`` that brings its largest magnitude to 1..2.
-
-    Exact, so that nothing but the published algorithm's absolute epsilons sees it: these were chosen for weights of an
-    ordinary size, and squares of others leave the range of float32.
-    """
-    exponent = math.frexp(weight.abs().max().item())[1] - 1
-    unit = math.ldexp(1.0, max(exponent, -126))  # 1 / unit must be a float32 too
-    return weight / unit, unit
-
-
-@torch.no_grad()
-def solve(weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions) -> BinaryWeight:
-    """Binarize a float32 matrix of ordinary size (:func:`in_units`) as ``options.refinement`` says."""
-    if options.refinement == "full":
-        return binarize_full(weight, hessian, factor, options)
-    return _binarize_published(weight, hessian, factor, options)
-
-
-def _binarize_published(
+def binarize_published(
     weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions
 ) -> BinaryWeight:
     """The published driver: the error of a whole block goes to the blocks after it."""
@@ -150,7 +47,7 @@ def _second_moment(hessian: Tensor | None, columns: slice, factor: HessianFactor
 
 
 def _partition(values: Tensor, diagonal: Tensor, second_moment: Tensor, options: BinarizeOptions) -> Partition:
-    metric, _ = in_units(partition.saliency(values, diagonal, options.salient_metric))
+    metric, _ = in_units(saliency(values, diagonal, options.salient_metric))
     salient = partition.find_salient_columns(metric, options.max_salient_columns)
     if not options.group_bitmap:
         return Partition(salient, None)
@@ -191,7 +88,7 @@ def _binarize_block(
     fits, second_signs = [], torch.empty(0)
     for columns, order in ((~parts.salient, 1), (parts.salient, 2)):
         members = _members(values, parts, columns, grouped=order == 1 or options.column_group_bitmap)
-        group_fits = [_fit_columns(values, member, columns, order, second_moment, options) for member in members]
+        group_fits = [fit_group(values, member, columns, order, second_moment, options) for member in members]
         large = members[-1][:, columns]
         dense[:, columns] = torch.where(large, group_fits[-1].values(), group_fits[0].values())
         planes = [torch.where(large, group_fits[-1].signs[i], group_fits[0].signs[i]) for i in range(order)]
@@ -208,7 +105,7 @@ def _members(values: Tensor, parts: Partition, columns: Tensor, grouped: bool) -
     return [columns & ~parts.large, columns & parts.large]
 
 
-def _fit_columns(
+def fit_group(
     values: Tensor, member: Tensor, columns: Tensor, order: int, second_moment: Tensor, options: BinarizeOptions
 ) -> Fit:
     """Fit one group on the columns that can hold it; the returned tensors have only those columns."""
@@ -217,9 +114,9 @@ def _fit_columns(
         return billm.fit(values, member.to(values.dtype), order).at_columns(columns)
     part, member = values[:, columns], member[:, columns].to(values.dtype)
     if options.method == "arb-rc":
-        return rc.fit(part, member, order, options.iterations)
+        return arb_rc.fit(part, member, order, options.iterations)
     if options.method == "arb-x":
-        return x.fit(part, member, order, options.iterations, second_moment[columns][:, columns])
+        return arb_x.fit(part, member, order, options.iterations, second_moment[columns][:, columns])
     return arb.fit(part, member, order, options.iterations)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
+from ... import native
+from . import compiled
 from .fit import Fit, nearest_pair
 
 EPSILON = 1e-8
@@ -14,7 +15,7 @@ EPSILON = 1e-8
 def fit(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
     """Alternate row and column scales of one group. ``member`` is float ``[n, k]``."""
     if order == 2 and native.usable(values):
-        return native.fit_scales(values, member, iterations)
+        return compiled.fit_arb_rc(values, member, iterations)
     return _first_order(values, member, iterations) if order == 1 else _second_order(values, member, iterations)
 
 

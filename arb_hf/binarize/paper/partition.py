@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import native, search
+from ... import native
+from . import compiled, search
 
 THRESHOLDS = 81  # quantiles 0.10, 0.11, ..., 0.90
 
@@ -23,11 +24,6 @@ class Partition:
 
     salient: Tensor
     large: Tensor | None
-
-
-def saliency(values: Tensor, diagonal: Tensor, metric: str) -> Tensor:
-    """T: the weights themselves, or ``w^2 / [(H_j:,j:)^-1]_jj``, the OBS saliency."""
-    return values if metric == "magnitude" else values.square() / diagonal.square()
 
 
 def find_salient_columns(metric: Tensor, limit: int) -> Tensor:
@@ -52,7 +48,7 @@ def first_smallest(errors: Tensor, metric: Tensor) -> int:
 def quantiles(magnitudes: Tensor) -> Tensor:
     """The candidate thresholds: 81 quantiles of a value set, linearly interpolated."""
     values = magnitudes.flatten()
-    ordered = native.sort_magnitudes(values) if native.usable(values) else values.sort().values
+    ordered = compiled.sort_magnitudes(values) if native.usable(values) else values.sort().values
     position = torch.linspace(0.10, 0.90, THRESHOLDS, dtype=torch.float64) * (ordered.numel() - 1)
     below = position.floor().to(torch.int64)
     above = (below + 1).clamp(max=ordered.numel() - 1)

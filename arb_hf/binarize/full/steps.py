@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..format.form import BinaryForm
-from ..format.weight import decode_columns, decode_rows, encode_columns, encode_rows
-from . import native
+from ... import native
+from ...format.form import BinaryForm
+from ...format.weight import decode_columns, decode_rows, encode_columns, encode_rows
+from . import compiled
 from .coded import GROUP, CodedBlock, signs_of
-from .sweep import PANEL, Sweep, round_columns
+from .rounding import PANEL, Sweep, round_columns
 
 # Steps of least squares are drawn to the scales they start from by this fraction of the mean curvature: a scale that
 # no weight of the row uses keeps its value, and the objective can only fall.
@@ -94,7 +95,7 @@ def _sweep(
     Work is grouped in panels so that most of it is one matrix product. ``targets`` is overwritten.
     """
     sweep = Sweep.of(block, targets, coupling, present)
-    rounding = native.round_columns if native.usable(targets) else round_columns
+    rounding = compiled.round_columns if native.usable(targets) else round_columns
     k = len(targets)
     for first in range(0, k, PANEL):
         last = min(first + PANEL, k)
