@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .calibrate.data import NAMED
 from .format.headers import REPORT_FILE, inspect_folder
 from .report import ArbReport, Measurement
+from .text import NAMED
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PLOT_FILE = "arb_report.png"

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .calibrate.data import read_text, tokenize
+from .text import read_text, tokenize
 
 LOSS_ROWS = 512  # positions whose float32 logits are held at a time: a large vocabulary would double the memory
 

@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
 from arb_hf.binarize.hessian import HessianFactor, factorize
+from arb_hf.calibrate.batches import Batch
 from arb_hf.calibrate.capture import capture, run_layer
-from arb_hf.calibrate.data import Batch, read_text, tokenize
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.evaluate import perplexity
+from arb_hf.text import read_text, tokenize
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from protocol import (

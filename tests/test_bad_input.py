@@ -113,7 +113,7 @@ TABLE: dict[str, Row] = {
     "empty text": (lambda p: p.without_pass(dataset=["", " \n"]), ArbCalibrationError, "the text is empty"),
     "no data": (
         lambda p: p.without_pass(dataset=None), ArbCalibrationError,
-        "no calibration data: pass dataset= a name, a path, a list or a datasets.Dataset",
+        "there is no text: pass a name, a path, a list or a datasets.Dataset",
     ),
     "text shorter than one sequence": (
         lambda p: p.without_pass(dataset=[words(20)]), ArbCalibrationError,
@@ -138,7 +138,7 @@ TABLE: dict[str, Row] = {
     ),
     "a data set nobody knows": (
         lambda p: p.without_pass(dataset="imagenet"), ArbCalibrationError,
-        "dataset='imagenet' is not known; pass 'c4', 'wikitext2', 'ptb', a path ending in .txt, a path ending in .raw, "
+        "the text 'imagenet' is not known; pass 'c4', 'wikitext2', 'ptb', a path ending in .txt, a path ending in .raw, "
         "a path ending in .jsonl, a path ending in .parquet, a list or a datasets.Dataset",
     ),
     "a name while offline": (
@@ -184,7 +184,7 @@ TABLE: dict[str, Row] = {
     ),
     "without datasets": (
         lambda p: (p.without("datasets"), p.without_pass(dataset="c4")), ArbCalibrationError,
-        "this calibration data needs the package datasets: pip install datasets",
+        "reading this text needs the package datasets: pip install datasets",
     ),
     "without gguf": (
         lambda p: (p.without("gguf"), arb_hf.export.export_gguf(arb_hf.from_pretrained(PACKED), None, "x.gguf")), ImportError,

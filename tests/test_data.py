@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from arb_hf import ArbCalibrationError, ArbConfig
-from arb_hf.calibrate.data import load_batches
+from arb_hf.calibrate.batches import load_batches
 from conftest import VOCABULARY, token_samples, word_tokenizer, words
 
 
@@ -97,7 +97,7 @@ def test_masks_mark_padding():
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (None, "no calibration data: pass dataset="),
+        (None, "there is no text: pass a name"),
         ([words(40)], r"has 40 tokens, but num_samples=4 x sequence_length=16 asks for 64; .*num_samples=2 would fit"),
         (
             [words(10)],
@@ -106,9 +106,9 @@ def test_masks_mark_padding():
         (["  "], "the text is empty"),
         ([], "the text is empty"),
         ("nothing.txt", "the text file nothing.txt does not exist"),
-        ("imagenet", "dataset='imagenet' is not known; pass 'c4', 'wikitext2', 'ptb'"),
-        ([{"body": "x"}], r"has columns \['body'\]"),
-        ([3, 4], "of type int is neither text"),
+        ("imagenet", "the text 'imagenet' is not known; pass 'c4', 'wikitext2', 'ptb'"),
+        ([{"body": "x"}], r"has the columns \['body'\]"),
+        ([3, 4], "of type int: neither a string"),
         ([torch.tensor([1, 500])], r"sample 0 has token 500, the model's vocabulary has 128"),
         ([torch.tensor([-1, 5])], r"sample 0 has token -1"),
         ([torch.tensor([0.5, 1.0])], "must be integer vectors"),

@@ -15,8 +15,8 @@ from arb_hf.binarize.full.driver import assemble, take_apart
 from arb_hf.binarize.full.latent import LatentWeight
 from arb_hf.binarize.hessian import output_error
 from arb_hf.calibrate import distributed, run, tune
+from arb_hf.calibrate.batches import Batch
 from arb_hf.calibrate.capture import LayerCalls, capture, run_layer
-from arb_hf.calibrate.data import Batch
 from arb_hf.calibrate.distributed import Processes
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.calibrate.spool import Spool, updated

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..errors import ArbCalibrationError
-from .data import Batch
+from .batches import Batch
 
 HIDDEN_NAMES = ("hidden_states", "x", "inputs", "input")
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
-from .data import Batch
+from .batches import Batch
 from .offload import stored_tensors
 
 logger = logging.getLogger(__name__)

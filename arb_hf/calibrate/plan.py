@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
-from .data import Batch
+from .batches import Batch
 from .spool import memory_budget
 
 logger = logging.getLogger(__name__)

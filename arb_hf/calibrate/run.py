@@ -23,9 +23,10 @@ from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
 from ..report import ArbReport
+from ..text import load_tokenizer
+from .batches import Batch, load_batches
 from .capture import capture
 from .checkpoint import LayerStore, explained_stops, fingerprint
-from .data import Batch, load_batches, load_tokenizer
 from .decoder import find_decoder_layers, survey
 from .distributed import Processes
 from .hessians import has_experts

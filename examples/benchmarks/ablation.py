@@ -36,11 +36,12 @@ from arb_hf.binarize.full import driver
 from arb_hf.binarize.full.coded import CodedBlock
 from arb_hf.binarize.full.steps import nearest_codes
 from arb_hf.binarize.hessian import output_error
+from arb_hf.calibrate.batches import Batch
 from arb_hf.calibrate.capture import capture, run_layer
-from arb_hf.calibrate.data import Batch, read_text, tokenize
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.evaluate import perplexity
+from arb_hf.text import read_text, tokenize
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
 from arb_hf import ArbConfig
-from arb_hf.calibrate.data import read_text, tokenize
 from arb_hf.evaluate import perplexity
+from arb_hf.text import read_text, tokenize
 
 LENGTH = 512
 CALIBRATION_WINDOWS = 32
