@@ -8,11 +8,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 
 from . import evaluate, export, nn, scales
 from .binarize import binarize_weight
+from .bits import bits_per_weight, summary
 from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbCalibrationError, ArbFormatError, ArbUploadError
 from .format.weight import BinaryWeight
 from .hub import from_pretrained, load_report, push_folder, push_to_hub, save_pretrained
-from .inspection import bits_per_weight, dequantize, summary
+from .nn.swap import dequantize
 from .quantizer import ArbHfQuantizer
 from .report import ArbReport
 

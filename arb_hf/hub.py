@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .card import MARKER, PLOT_FILE, is_hub_id, model_card, written_by_us
-from .checkpoint import binary_modules, check_counts, read_entries
+from .checks import check_counts, read_entries
 from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbFormatError, ArbUploadError
 from .format.headers import INDEX, REPORT_FILE, read_json, shard_names
+from .nn import binary_modules
 from .nn.scaled import require_frozen
 from .report import ArbReport
 

@@ -19,8 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint import binary_modules
-from .nn import BinaryLinear
+from .nn import BinaryLinear, binary_modules
 from .nn.scaled import require_frozen
 
 try:

@@ -12,11 +12,11 @@ from transformers.quantizers.base import HfQuantizer
 
 from .calibrate.offload import Placement, keep_stored_types, offload_folder
 from .calibrate.run import binarize_model
-from .checkpoint import Entry, check_model, check_stacks, check_values, read_entries
+from .checks import Entry, check_model, check_stacks, check_values, read_entries
 from .config import ArbConfig
 from .errors import ArbFormatError
 from .nn import BinaryExperts, BinaryLinear
-from .nn.linears import expose_linears, restore_modules
+from .nn.swap import expose_linears, replace_by_dense
 
 
 class ArbHfQuantizer(HfQuantizer):
@@ -134,10 +134,3 @@ def publishable(config: ArbConfig, skip: list[str]) -> ArbConfig:
     if isinstance(stored.tokenizer, str) and os.path.isdir(stored.tokenizer):
         stored.tokenizer = None
     return stored
-
-
-def replace_by_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """In place: every binary layer becomes the dense module that the model's own class has in its place."""
-    restore_modules(model, dtype or torch.float32)
-    model._weight_conversions = None  # type: ignore[assignment]  # dense names are converted on saving again
-    return model

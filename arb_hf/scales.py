@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checkpoint import binary_modules
 from .errors import ArbCalibrationError
 from .hub import load_report
+from .nn import binary_modules
 from .nn.scaled import ScaledLinear, require_frozen
 
 

@@ -17,10 +17,10 @@ import torch
 import arb_hf
 from arb_hf import ArbFormatError, ArbReport
 from arb_hf.binarize import SolveRecord
-from arb_hf.checkpoint import binary_modules
 from arb_hf.coverage import Coverage, Matrix
 from arb_hf.format.headers import REPORT_FILE, inspect_folder, table
 from arb_hf.kernels import reference
+from arb_hf.nn import binary_modules
 from arb_hf.report import MatrixRecord, Measurement
 from conftest import DATA
 

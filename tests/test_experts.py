@@ -14,10 +14,9 @@ from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate import matrices
 from arb_hf.calibrate.capture import LayerCalls
 from arb_hf.calibrate.hessians import InputGroup, Moment, accumulate
-from arb_hf.checkpoint import binary_modules
-from arb_hf.nn import BinaryExperts, BinaryLinear
+from arb_hf.nn import BinaryExperts, BinaryLinear, binary_modules
 from arb_hf.nn.experts import find_stacks
-from arb_hf.nn.linears import expose_linears
+from arb_hf.nn.swap import expose_linears
 from conftest import VOCABULARY, token_samples
 
 WIDTH, INNER, EXPERTS = 64, 40, 6

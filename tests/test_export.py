@@ -12,11 +12,10 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import arb_hf
-from arb_hf.checkpoint import binary_modules
 from arb_hf.export import export_dense, export_gguf
 from arb_hf.export.gguf import LLAMA3, decode_q1_0, encode_q1_0, splitting, why_not_q1_0
 from arb_hf.format.form import BinaryForm
-from arb_hf.nn import BinaryLinear
+from arb_hf.nn import BinaryLinear, binary_modules
 from byte_model import byte_tokenizer, byte_tokens, save_byte_model
 from conftest import word_tokenizer
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import arb_hf
 from arb_hf import ArbConfig
 from arb_hf.binarize.options import METHODS, REFINEMENTS, SALIENT_METRICS
-from arb_hf.checkpoint import binary_modules
 from arb_hf.config import FORM_OPTIONS, PER_MODULE
 from arb_hf.format import FORMAT_VERSION
 from arb_hf.format.form import SCALE_DTYPES, BinaryForm
+from arb_hf.nn import binary_modules
 from conftest import DATA
 
 GOLDEN = DATA / "golden"

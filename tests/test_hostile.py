@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf import ArbFormatError
-from arb_hf.checkpoint import binary_modules, read_entries
+from arb_hf.checks import read_entries
 from arb_hf.cli.parser import main
 from arb_hf.config import ArbConfig
 from arb_hf.errors import ArbFormatError as SameError
 from arb_hf.format.headers import inspect_folder, require_inside, shard_names
 from arb_hf.kernels import cpu
+from arb_hf.nn import binary_modules
 from conftest import DATA
 
 GOLDEN = DATA / "golden"

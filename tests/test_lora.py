@@ -37,14 +37,14 @@ def trainable(model):
 
 def test_new_adapters_change_nothing_and_learn(model):
     before = logits(model)
-    planes = {name: module.weight.clone() for name, module in arb_hf.checkpoint.binary_modules(model).items()}
+    planes = {name: module.weight.clone() for name, module in arb_hf.checks.binary_modules(model).items()}
     adapted = lora.add_lora(model, r=4)
     torch.testing.assert_close(logits(adapted), before, rtol=0, atol=0)
     assert all("lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
     assert len(trainable(adapted)) == 2 * len(planes)
     losses = train(adapted, trainable(adapted), steps=20)
     assert losses[-1] < 0.9 * losses[0]
-    for name, module in arb_hf.checkpoint.binary_modules(adapted).items():
+    for name, module in arb_hf.checks.binary_modules(adapted).items():
         original = name.removeprefix("base_model.model.").removesuffix(".base_layer")
         assert torch.equal(module.weight, planes[original])
     with adapted.disable_adapter():

@@ -85,7 +85,7 @@ def test_a_step_is_relative_to_the_scale(method):
 def test_scales_that_no_longer_fit_are_refused_by_layer(model):
     planes = {
         name: {key: tensor.clone() for key, tensor in module.packed.items()}
-        for name, module in arb_hf.checkpoint.binary_modules(model).items()
+        for name, module in arb_hf.checks.binary_modules(model).items()
     }
     steps = scales.unfreeze(model)
     with torch.no_grad():
@@ -160,8 +160,8 @@ def test_casting_the_model_rounds_nothing_that_is_trained(model, packed):
     scales.unfreeze(model)
     model.to(torch.bfloat16).to(torch.float32)
     scales.freeze(model)
-    before = arb_hf.checkpoint.binary_modules(arb_hf.from_pretrained(packed))
-    for name, module in arb_hf.checkpoint.binary_modules(model).items():
+    before = arb_hf.checks.binary_modules(arb_hf.from_pretrained(packed))
+    for name, module in arb_hf.checks.binary_modules(model).items():
         assert all(torch.equal(tensor, before[name].packed[key]) for key, tensor in module.packed.items())
 
 

@@ -15,7 +15,7 @@ from ..binarize import SolveRecord
 from ..config import ArbConfig
 from ..coverage import Coverage
 from ..nn import BinaryLinear
-from ..nn.linears import expose_linears
+from ..nn.swap import expose_linears
 from ..report import MatrixRecord, TuneRecord
 from .capture import LayerCalls, run_layer
 from .checkpoint import LayerStore, changed_tensors, kept_digests

@@ -25,11 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import evaluate as evaluation
+from ..bits import bits_per_weight, summary
 from ..config import ArbConfig
 from ..export import export_dense, export_gguf
 from ..format.headers import REPORT_FILE, inspect_folder
 from ..hub import from_pretrained, load_report, push_folder, require_there, save_pretrained, write_card
-from ..inspection import bits_per_weight, summary
 from ..report import ArbReport, Measurement, plot_comparison
 from ..text import load_tokenizer
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoint import binary_modules
-from ..inspection import dequantize
+from ..nn import binary_modules
+from ..nn.swap import dequantize
 from .result import Exported, Rounding
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..checkpoint import binary_modules
+from ..nn import binary_modules
 from .result import Exported, Rounding
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ Slots of ``row_parameters``: scales of the ordinary groups, then for each salien
 
 Stored bits are those of the planes, bitmaps and scales plus the padding of a plane to whole words, at most 31 columns.
 
-**What a reader checks** (:mod:`arb_hf.checkpoint`). There is little that could disagree: salient columns are a bitmap, so
+**What a reader checks** (:mod:`arb_hf.checks`). There is little that could disagree: salient columns are a bitmap, so
 none is listed twice, and no permutation is stored. Checked are: exactly these tensors, of these types and shapes; as many
 salient columns as the config says; no bit set past the last column; finite scales; int8 codes of at most 127; a ``row_absmax``
 without a sign. Scales may have any sign, but a zero has one spelling, +0.0: the writer turns -0.0, to which a small

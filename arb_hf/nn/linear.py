@@ -92,5 +92,10 @@ class BinaryLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {bits:.2f} bits"
 
 
+def binary_modules(model: nn.Module) -> dict[str, BinaryLinear]:
+    """Every binary layer of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
+
+
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)

@@ -30,8 +30,8 @@ from transformers import (
 
 from arb_hf import ArbConfig
 from arb_hf.binarize.options import METHODS
-from arb_hf.checkpoint import binary_modules
 from arb_hf.format.form import SCALE_DTYPES
+from arb_hf.nn import binary_modules
 
 HERE = Path(__file__).parent
 VOCABULARY = 24

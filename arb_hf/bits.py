@@ -1,14 +1,11 @@
-"""What a model is made of: true bits, a table, and the way back to dense layers."""
+"""The true bits of a model: one number, or a table."""
 
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from .checkpoint import binary_modules
 from .format.headers import kind_of
-from .nn.scaled import require_frozen
-from .quantizer import replace_by_dense
+from .nn import binary_modules
 
 
 def bits_per_weight(model: nn.Module) -> float:
@@ -52,14 +49,3 @@ def summary(model: nn.Module) -> str:
 
 def _line(kind: str, count: int | str, weights: int, bits: int) -> str:
     return f"{kind:<28}{count:>8}{weights:>14,}{bits / max(weights, 1):>13.3f}{bits / 8e6:>10.2f}"
-
-
-def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """In place: back to dense ``nn.Linear`` layers in the model's dtype, for export or comparison; returns it.
-
-    Raises:
-        ValueError: scales are being trained.
-    """
-    require_frozen(model)
-    quantizer = getattr(model, "hf_quantizer", None)
-    return replace_by_dense(model, model.dtype) if quantizer is None else quantizer.dequantize(model, dtype=model.dtype)

@@ -23,7 +23,7 @@ from .errors import ArbFormatError
 from .format import WORD
 from .format.headers import require_inside
 from .format.packing import unpack_mask
-from .nn import BinaryLinear
+from .nn import BinaryLinear, binary_modules
 from .nn.experts import find_stacks
 
 SAFETENSORS_TYPES = {
@@ -50,11 +50,6 @@ class Entry:
 
 
 Entries = Mapping[str, Entry]
-
-
-def binary_modules(model: nn.Module) -> dict[str, BinaryLinear]:
-    """Every binary layer of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
 
 
 def read_entries(files: Iterable[str | os.PathLike], model_id: str | os.PathLike = "") -> dict[str, Entry]:

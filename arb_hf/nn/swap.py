@@ -1,4 +1,4 @@
-"""Between a model's own modules and plain linears: stacked experts and ``Conv1D`` become ``nn.Linear``, and back."""
+"""Swapping modules: stacked experts and ``Conv1D`` become ``nn.Linear``, and binary layers the model's own dense modules."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ArbCalibrationError
 from .experts import BinaryExperts, find_stacks, linear_from
 from .linear import BinaryLinear
+from .scaled import require_frozen
 
 
 def expose_linears(model: nn.Module, names: Iterable[str], verify: bool = False) -> dict[str, nn.Linear]:
@@ -76,6 +77,24 @@ def _probe(experts: nn.Module, count: int, width: int, batched: bool) -> tuple[T
 def _close(one: Tensor, other: Tensor) -> bool:
     scale = other.float().norm()
     return bool((one.float() - other.float()).norm() <= 16 * torch.finfo(other.dtype).eps * scale + 1e-30)
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """In place: back to dense ``nn.Linear`` layers in the model's dtype, for export or comparison; returns it.
+
+    Raises:
+        ValueError: scales are being trained.
+    """
+    require_frozen(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    return replace_by_dense(model, model.dtype) if quantizer is None else quantizer.dequantize(model, dtype=model.dtype)
+
+
+def replace_by_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """In place: every binary layer becomes the dense module that the model's own class has in its place."""
+    restore_modules(model, dtype or torch.float32)
+    model._weight_conversions = None  # type: ignore[assignment]  # dense names are converted on saving again
+    return model
 
 
 def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
