@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from .calibrate.model import binarize_model
 from .calibrate.offload import Placement, keep_stored_types, offload_folder
-from .calibrate.run import binarize_model
 from .checks import Entry, check_model, check_stacks, check_values, read_entries
 from .config import ArbConfig
 from .errors import ArbFormatError

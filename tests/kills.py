@@ -22,7 +22,7 @@ import torch
 
 import tiny
 
-from arb_hf.calibrate import checkpoint  # isort: skip
+from arb_hf.calibrate import resume  # isort: skip
 
 
 def forked(action: Callable[[], object]) -> int:
@@ -59,7 +59,7 @@ def die_at_flush(number: int, after: bool) -> None:
         if last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.os.fsync = fsync
+    resume.os.fsync = fsync
 
 
 def main() -> None:

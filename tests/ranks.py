@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 
 import tiny
 from arb_hf import ArbCalibrationError
-from arb_hf.calibrate import layer, matrices, run
+from arb_hf.calibrate import layer, matrices
+from arb_hf.calibrate import model as model_module
 from kills import finish, forked
 
 FOLDER = Path(sys.argv[1])
 
 
-def die(this: layer.Run, index: int, original: Callable = run.binarize_layer) -> list:
+def die(this: layer.Run, index: int, original: Callable = model_module.binarize_layer) -> list:
     if index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(this, index)
@@ -56,7 +57,7 @@ def play(
         os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
         os.environ.update({name: str(value) for name, value in variables.items()}, RANK=str(rank), LOCAL_RANK=str(rank))
         if rank == victim:
-            setattr(*{"die": (run, "binarize_layer", die), "fail": (matrices, "binarize_group", fail)}[how])
+            setattr(*{"die": (model_module, "binarize_layer", die), "fail": (matrices, "binarize_group", fail)}[how])
         try:
             model = tiny.binarize(FOLDER / "model", checkpoint_dir=checkpoint and FOLDER / checkpoint, **options)
             save_file(model.state_dict(), folder / "model.safetensors")  # save_pretrained writes on the first rank only

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
-from arb_hf.calibrate.run import binarize_model
+from arb_hf.calibrate.model import binarize_model
 from arb_hf.cli.parser import main
 from conftest import DATA, llama, token_samples, word_tokenizer, words
 
@@ -45,7 +45,7 @@ class Place:
         AutoModelForCausalLM.from_pretrained(model or self.model, quantization_config=ArbConfig(**chosen), dtype=dtype)
 
     def without_pass(self, **options: object) -> None:
-        self.patch.setattr("arb_hf.calibrate.run.capture", lambda *_: pytest.fail("a forward pass was spent"))
+        self.patch.setattr("arb_hf.calibrate.model.capture", lambda *_: pytest.fail("a forward pass was spent"))
         self.binarize(**options)
 
     def command(self, *argv: str) -> None:
@@ -90,7 +90,7 @@ class Place:
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        self.patch.setattr("arb_hf.calibrate.run.binarize_layer", interrupt)
+        self.patch.setattr("arb_hf.calibrate.model.binarize_layer", interrupt)
         self.binarize(checkpoint_dir="interrupted")
 
 

@@ -15,8 +15,8 @@ from torch import nn
 import tiny
 from arb_hf import ArbCalibrationError
 from arb_hf.binarize import BinarizeOptions, binarize_weight
-from arb_hf.calibrate.distributed import Processes, _described, _merged
 from arb_hf.calibrate.hessians import InputGroup
+from arb_hf.calibrate.processes import Processes, _described, _merged
 
 TESTS = Path(__file__).parent
 DIED = "another process of this run ended or stopped answering"

@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate import matrices
-from arb_hf.calibrate.capture import LayerCalls
+from arb_hf.calibrate.capture import CapturedBatch
 from arb_hf.calibrate.hessians import InputGroup, Moment, accumulate
 from arb_hf.nn import BinaryExperts, BinaryLinear, binary_modules
 from arb_hf.nn.experts import find_stacks
@@ -150,7 +150,7 @@ def routed_groups(mask=None, count: int = 2, length: int = 10) -> tuple[dict[str
     names = [f"experts.{e}.{part}" for e in range(EXPERTS) for part in ("gate_up_proj", "down_proj")]
     linears = expose_linears(layer, names)
     hidden = torch.randn(count, length, WIDTH, generator=torch.Generator().manual_seed(2))
-    groups = accumulate(layer, linears, [LayerCalls(hidden, {0: ((), {})}, mask)], 0)
+    groups = accumulate(layer, linears, [CapturedBatch(hidden, {0: ((), {})}, mask)], 0)
     return {group.names[0]: group for group in groups}, hidden, layer
 
 
@@ -239,7 +239,9 @@ def test_listed_experts_borrow_too():
     layer = Listed().requires_grad_(False)
     linears = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
     hidden = torch.randn(1, 300, WIDTH)
-    groups = {each.names[0]: each for each in accumulate(layer, linears, [LayerCalls(hidden, {0: ((), {})}, None)], 0)}
+    groups = {
+        each.names[0]: each for each in accumulate(layer, linears, [CapturedBatch(hidden, {0: ((), {})}, None)], 0)
+    }
     assert {name: (each.tokens, each.borrowed) for name, each in groups.items()} == {
         f"experts.{number}.{part}": (150, 0) if number < 2 else (0, 1) for number in range(3) for part in ("up", "down")
     }

@@ -11,8 +11,9 @@ import transformers
 import arb_hf
 import tiny
 from arb_hf import ArbCalibrationError
-from arb_hf.calibrate import matrices, plan, run, spool
-from arb_hf.calibrate.capture import LayerCalls
+from arb_hf.calibrate import matrices, plan, spool
+from arb_hf.calibrate import model as model_module
+from arb_hf.calibrate.capture import CapturedBatch
 from arb_hf.calibrate.offload import Placement
 from conftest import token_samples
 
@@ -104,7 +105,7 @@ def test_full_precision_weights_stay_mapped_until_their_turn(dense, monkeypatch)
     files = {os.path.realpath(path) for path in dense.glob("*.safetensors")}
     seen = []
 
-    def look(this, index, binarize_layer=run.binarize_layer):
+    def look(this, index, binarize_layer=model_module.binarize_layer):
         mapped = []
         maps = {each.path: each for each in psutil.Process().memory_maps() if each.path in files}
         assert maps
@@ -117,7 +118,7 @@ def test_full_precision_weights_stay_mapped_until_their_turn(dense, monkeypatch)
         assert not any(isinstance(module, torch.nn.Linear) for module in this.layers[index].modules())
         return done
 
-    monkeypatch.setattr(run, "binarize_layer", look)
+    monkeypatch.setattr(model_module, "binarize_layer", look)
     tiny.binarize(dense)
     assert seen == [True] * tiny.LAYERS
 
@@ -161,10 +162,10 @@ def _arguments() -> dict:
 
 def test_equal_arguments_are_kept_once():
     keeper = spool.Spool(0, None)
-    calls = [keeper.keep(LayerCalls(torch.zeros(1, 4, 8), _arguments(), None)) for _ in range(5)]
+    calls = [keeper.keep(CapturedBatch(torch.zeros(1, 4, 8), _arguments(), None)) for _ in range(5)]
     assert len({id(call.arguments[layer][1]["cos"]) for call in calls for layer in range(2)}) == 1
     assert len({id(call.arguments[0][1]["sin"]) for call in calls}) == 1
-    different = keeper.keep(LayerCalls(torch.zeros(1, 4, 8), {0: ((), {"cos": torch.full((4,), 2.0)})}, None))
+    different = keeper.keep(CapturedBatch(torch.zeros(1, 4, 8), {0: ((), {"cos": torch.full((4,), 2.0)})}, None))
     assert different.arguments[0][1]["cos"][0] == 2
 
 
@@ -176,7 +177,7 @@ def test_a_disk_without_room_is_refused_before_the_first_pass(dense, tmp_path, m
         options = {}
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(run, "capture", lambda *_: pytest.fail("a forward pass was run"))
+    monkeypatch.setattr(model_module, "capture", lambda *_: pytest.fail("a forward pass was run"))
     with pytest.raises(ArbCalibrationError, match=r"has 0\.00 MB free, the run needs up to"):
         tiny.binarize(dense, **options)
 

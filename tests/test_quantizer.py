@@ -223,7 +223,7 @@ def test_non_finite_models_are_refused_by_name(tmp_path):
 
 
 def test_bad_data_is_refused_before_the_first_forward_pass(tiny_model, monkeypatch):
-    monkeypatch.setattr("arb_hf.calibrate.run.capture", lambda *_: pytest.fail("a forward pass was spent"))
+    monkeypatch.setattr("arb_hf.calibrate.model.capture", lambda *_: pytest.fail("a forward pass was spent"))
     with pytest.raises(ArbCalibrationError, match="has 20 tokens, fewer than one sequence"):
         binarize(tiny_model, dataset=[words(20)], sequence_length=32)
 

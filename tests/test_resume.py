@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from arb_hf import ArbCalibrationError
-from arb_hf.calibrate import checkpoint, run
 from arb_hf.calibrate import layer as layer_module
+from arb_hf.calibrate import model as model_module
+from arb_hf.calibrate import resume
 from conftest import token_samples
 
 TESTS = Path(__file__).parent
@@ -40,12 +41,12 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch, layers: int, error: BaseException | None = None) -> None:
-    def binarize_layer(this, index, original=run.binarize_layer):
+    def binarize_layer(this, index, original=model_module.binarize_layer):
         if index == layers:
             raise error or Stop
         return original(this, index)
 
-    monkeypatch.setattr(run, "binarize_layer", binarize_layer)
+    monkeypatch.setattr(model_module, "binarize_layer", binarize_layer)
 
 
 def environment() -> dict[str, str]:
@@ -130,7 +131,7 @@ def test_another_model_or_version_is_refused(dense, finished, tmp_path, monkeypa
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(ArbCalibrationError, match=r"weights: model\.layers\.1 differ"):
         tiny.binarize(tmp_path, checkpoint_dir=finished[0])
-    monkeypatch.setattr(run, "_versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(model_module, "_versions", lambda: {"torch": "0"})
     with pytest.raises(ArbCalibrationError, match=r"versions: torch was .*, now '0'"):
         tiny.binarize(dense, checkpoint_dir=finished[0])
 
@@ -175,14 +176,14 @@ def test_a_damaged_layer_is_binarized_again(dense, expected, finished, tmp_path,
 def test_a_full_disk_is_said_and_resumed_from(dense, expected, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint"
 
-    def write(path, data, original=checkpoint._write):
+    def write(path, data, original=resume._write):
         if path.name == "layer-00001.safetensors":
             path.with_name(path.name + ".tmp").write_bytes(data[:99])  # as far as the room went
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", write)
+        patch.setattr(resume, "_write", write)
         with pytest.raises(ArbCalibrationError, match=r"decoder layer 1 .*No space left.*run the same command again"):
             tiny.binarize(dense, checkpoint_dir=folder)
     assert (folder / "layer-00000.json").exists()
@@ -194,14 +195,14 @@ def test_a_full_disk_is_said_and_resumed_from(dense, expected, tmp_path, monkeyp
 def test_a_second_run_in_the_folder_is_refused(dense, tmp_path, monkeypatch):
     refused = []
 
-    def binarize_layer(this, index, original=run.binarize_layer):
+    def binarize_layer(this, index, original=model_module.binarize_layer):
         if index == 1:
             with pytest.raises(ArbCalibrationError, match="another run works in checkpoint_dir") as error:
                 tiny.binarize(dense, checkpoint_dir=tmp_path)
             refused.append(error)
         return original(this, index)
 
-    monkeypatch.setattr(run, "binarize_layer", binarize_layer)
+    monkeypatch.setattr(model_module, "binarize_layer", binarize_layer)
     tiny.binarize(dense, checkpoint_dir=tmp_path)
     assert len(refused) == 1
 
@@ -226,14 +227,14 @@ def test_ctrl_c_says_how_to_resume(dense, tmp_path, monkeypatch, caplog):
 
 
 def test_sigterm_says_how_to_resume_and_handlers_come_back(dense, tmp_path, monkeypatch, caplog):
-    def binarize_layer(this, index, original=run.binarize_layer):
+    def binarize_layer(this, index, original=model_module.binarize_layer):
         if index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
         return original(this, index)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(run, "binarize_layer", binarize_layer)
+    monkeypatch.setattr(model_module, "binarize_layer", binarize_layer)
     with pytest.raises(SystemExit) as error:
         tiny.binarize(dense, checkpoint_dir=tmp_path)
     assert error.value.code == 128 + signal.SIGTERM
@@ -251,7 +252,7 @@ def test_without_a_folder_nothing_is_promised(dense, monkeypatch, caplog):
 def test_fingerprint_differences_are_named():
     stored = {"a": 1, "b": {"c": "x" * 64, "d": 2}, "gone": 3}
     now = {"a": 1, "b": {"c": "y" * 64, "d": 4}, "new": 5}
-    assert checkpoint.differences(stored, now) == [
+    assert resume.differences(stored, now) == [
         "b: c differ",
         "b: d was 2, now 4",
         "gone was 3, now None",

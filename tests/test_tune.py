@@ -14,11 +14,12 @@ from arb_hf.binarize.full import latent as latent_module
 from arb_hf.binarize.full.driver import assemble, take_apart
 from arb_hf.binarize.full.latent import LatentWeight
 from arb_hf.binarize.hessian import output_error
-from arb_hf.calibrate import distributed, run, tune
+from arb_hf.calibrate import model as model_module
+from arb_hf.calibrate import processes, tune
 from arb_hf.calibrate.batches import Batch
-from arb_hf.calibrate.capture import LayerCalls, capture, run_layer
-from arb_hf.calibrate.distributed import Processes
+from arb_hf.calibrate.capture import CapturedBatch, capture, run_layer
 from arb_hf.calibrate.hessians import accumulate
+from arb_hf.calibrate.processes import Processes
 from arb_hf.calibrate.spool import Spool, updated
 from arb_hf.calibrate.tune import best_alone, token_errors, tune_layer
 from arb_hf.cli.parser import build_parser
@@ -257,12 +258,12 @@ def test_resumed_runs_keep_tuned_layers(tmp_path, monkeypatch):
     assert any(each.after < each.before for each in whole.arb_report.tuned)
     with monkeypatch.context() as patch:
 
-        def stop(this, index, original=run.binarize_layer):
+        def stop(this, index, original=model_module.binarize_layer):
             if index == 2:
                 raise KeyboardInterrupt
             return original(this, index)
 
-        patch.setattr(run, "binarize_layer", stop)
+        patch.setattr(model_module, "binarize_layer", stop)
         with pytest.raises(KeyboardInterrupt):
             tiny.binarize(tmp_path / "dense", checkpoint_dir=tmp_path / "checkpoint", **options)
     resumed = tiny.binarize(tmp_path / "dense", checkpoint_dir=tmp_path / "checkpoint", **options)
@@ -275,7 +276,7 @@ def test_resumed_runs_keep_tuned_layers(tmp_path, monkeypatch):
 def test_spool_keeps_both_models_states_apart():
     states = torch.ones(1, 4, 8)
     for size in (0, 2 * states.nbytes):
-        kept = Spool(size, None).keep(LayerCalls(states, {}, None, reference=states))
+        kept = Spool(size, None).keep(CapturedBatch(states, {}, None, reference=states))
         updated(kept.hidden, torch.zeros(1, 4, 8))
         assert torch.equal(kept.reference, states)
         assert kept.hidden.sum() == 0
@@ -402,7 +403,7 @@ def test_gradients_are_averaged(monkeypatch):
     def all_reduce(tensor):
         tensor += 3.0
 
-    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
     tensor = torch.ones(2)
     Processes(0, 2).average(tensor)
     assert tensor.tolist() == [2.0, 2.0]
@@ -414,6 +415,6 @@ def test_failed_communication_names_the_process(monkeypatch):
     def broken(*_):
         raise RuntimeError("connection closed")
 
-    monkeypatch.setattr(distributed.dist, "all_reduce", broken)
+    monkeypatch.setattr(processes.dist, "all_reduce", broken)
     with pytest.raises(ArbCalibrationError, match="process 0 of 2"):
         Processes(0, 2).average(torch.ones(1))

@@ -20,7 +20,7 @@ HIDDEN_NAMES = ("hidden_states", "x", "inputs", "input")
 
 
 @dataclass
-class LayerCalls:
+class CapturedBatch:
     """One calibration batch on its way through the decoder layers.
 
     ``hidden``: input of the next layer ``[batch, length, hidden]``. ``arguments``: per layer that the model calls, what
@@ -38,7 +38,7 @@ class _Captured(Exception):
     """The last decoder layer was reached; the head need not run."""
 
 
-def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> Iterator[LayerCalls]:
+def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> Iterator[CapturedBatch]:
     """Run everything before the decoder layers once per batch and give what each layer is called with.
 
     The layers themselves are passed over; the first of each class runs once, to see what it returns. Layers that the
@@ -60,7 +60,7 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
                 pass
         if recorder.hidden is None:
             raise ArbCalibrationError(f"{type(model).__name__} calls none of its decoder layers on text")
-        yield LayerCalls(recorder.hidden, recorder.arguments, batch.attention_mask)
+        yield CapturedBatch(recorder.hidden, recorder.arguments, batch.attention_mask)
 
 
 class _Recorder:
@@ -142,7 +142,7 @@ def _replaced_forwards(layers: nn.ModuleList, replacement: _Recorder) -> Iterato
 
 def run_layer(
     layer: nn.Module,
-    call: LayerCalls,
+    call: CapturedBatch,
     index: int,
     hidden: Tensor | None = None,
     parameters: dict[str, Tensor] | None = None,

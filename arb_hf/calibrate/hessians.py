@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArbCalibrationError
 from ..nn import BinaryExperts
 from ..nn.experts import find_stacks
-from .capture import LayerCalls, run_layer
+from .capture import CapturedBatch, run_layer
 
 # X^T X is symmetric: panels of its columns, each without the part above, save nearly half of the work.
 PANELS, NARROWEST_PANEL = 8, 192
@@ -119,7 +119,7 @@ def waves(linears: dict[str, nn.Linear], budget: int) -> Iterator[dict[str, nn.L
 
 
 def accumulate(
-    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[LayerCalls], index: int
+    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[CapturedBatch], index: int
 ) -> list[InputGroup]:
     """One pass of all batches through the layer; every distinct input of a linear adds to one Hessian.
 
@@ -142,7 +142,7 @@ def accumulate(
 
 
 def _own_moments(
-    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[LayerCalls], index: int
+    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[CapturedBatch], index: int
 ) -> list[InputGroup]:
     groups: dict[str, InputGroup] = {}  # by the name of its first linear
     leader_of: dict[str, str] = {}
@@ -185,7 +185,7 @@ class _AllSeen(Exception):
     """Every linear has got its input; the layer need not run to its end."""
 
 
-def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[LayerCalls], index: int) -> None:
+def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[CapturedBatch], index: int) -> None:
     """Show starved experts the tokens of all experts of their list, as if routed to them."""
     lists = [(each, [e for e in each if any(m in starved for m in e.modules())]) for each in expert_lists(layer)]
     showing = False

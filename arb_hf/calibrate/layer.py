@@ -4,75 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..binarize import SolveRecord
-from ..config import ArbConfig
-from ..coverage import Coverage
 from ..nn import BinaryLinear
-from ..nn.swap import expose_linears
 from ..report import MatrixRecord, TuneRecord
-from .capture import LayerCalls, run_layer
-from .checkpoint import LayerStore, changed_tensors, kept_digests
-from .distributed import Processes, Results
+from .capture import run_layer
 from .matrices import binarize_matrices, require_finite
 from .offload import on_device
+from .processes import Results
+from .resume import changed_tensors, kept_digests
 from .spool import updated
-from .stages import Stages
+from .state import Run
 from .tune import stored_errors, tune_layer
 
 logger = logging.getLogger(__name__)
 Records = tuple[list[MatrixRecord], list[TuneRecord]]  # of one decoder layer; no TuneRecord where nothing is tuned
-
-
-@dataclass
-class Run:
-    """One run: what stays the same from decoder layer to decoder layer, and where they are kept.
-
-    Attributes:
-        prefix, layers: name and list of the decoder layers.
-        coverage: what is to be binarized.
-        device: where a decoder layer is while it is worked on.
-        store: finished layers, in the leading process of a run with ``checkpoint_dir``.
-        calls: this process's calibration batches, before the layer at work.
-        tunable: decoder layers that are tuned after they are binarized.
-    """
-
-    model: PreTrainedModel
-    config: ArbConfig
-    prefix: str
-    layers: nn.ModuleList
-    coverage: Coverage
-    device: torch.device
-    processes: Processes
-    clock: Stages
-    store: LayerStore | None = None
-    calls: list[LayerCalls] = field(default_factory=list)
-    tunable: frozenset[int] = frozenset()
-
-    def inner(self, index: int, name: str) -> str:
-        """A module's name within its decoder layer."""
-        return name.removeprefix(f"{self.prefix}.{index}.")
-
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """What is to be binarized in a decoder layer, by full name; stacked experts come apart."""
-        names = [each.name for each in self.coverage.matrices if each.kept is None and each.layer == index]
-        found = expose_linears(self.layers[index], [self.inner(index, name) for name in names], verify=True)
-        return {name: found[self.inner(index, name)] for name in names if self.inner(index, name) in found}
-
-    def how_to_resume(self) -> str:
-        if self.config.checkpoint_dir is None:
-            return "nothing is kept without checkpoint_dir"
-        count = f"{len(self.store.finished())} of {len(self.layers)}" if self.store else "the finished"
-        return (
-            f"{count} decoder layers are kept in {self.config.checkpoint_dir}; "
-            "run the same command again to continue from there"
-        )
 
 
 def binarize_layer(run: Run, index: int) -> Records:

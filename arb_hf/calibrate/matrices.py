@@ -17,11 +17,11 @@ from ..binarize.hessian import NOT_FINITE, HessianFactor, factorize
 from ..binarize.units import require_finite_weight
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
-from .capture import LayerCalls
-from .distributed import Processes, Results
+from .capture import CapturedBatch
 from .hessians import InputGroup, accumulate, waves
 from .offload import return_freed_memory
 from .plan import hessian_budget, is_small
+from .processes import Processes, Results
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def binarize_matrices(
     layer: nn.Module,
     linears: dict[str, nn.Linear],
-    calls: list[LayerCalls],
+    calls: list[CapturedBatch],
     index: int,
     config: ArbConfig,
     processes: Processes,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import ArbCalibrationError
-from .capture import LayerCalls
+from .capture import CapturedBatch
 
 logger = logging.getLogger(__name__)
 MEMORY_SHARE = 0.25  # of the memory available at the start; beyond it activations go to a file
@@ -43,7 +43,7 @@ class Spool:
         self._free = _mapped_file(file_bytes, directory or tempfile.gettempdir()) if file_bytes else None
         self._recent: dict[tuple, deque[Tensor]] = {}
 
-    def keep(self, call: LayerCalls) -> LayerCalls:
+    def keep(self, call: CapturedBatch) -> CapturedBatch:
         """The call with its hidden states in the spool and its arguments shared with earlier batches where equal."""
         seen: dict[int, Tensor] = {}
         arguments = tree_map(lambda value: self._shared(value, seen), call.arguments)

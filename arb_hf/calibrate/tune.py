@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..binarize.full.latent import LatentWeight
 from ..format.weight import BinaryWeight
 from ..report import TuneRecord
-from .capture import LayerCalls, run_layer
-from .distributed import Processes
+from .capture import CapturedBatch, run_layer
 from .hessians import input_hooks, unpadded
+from .processes import Processes
 
 logger = logging.getLogger(__name__)
 # Of Adam, relative to the size of what is tuned; both fall to 0 along a cosine.
@@ -54,7 +54,7 @@ class _Norm:
 def tune_layer(
     layer: nn.Module,
     weights: Mapping[str, BinaryWeight],
-    calls: Sequence[LayerCalls],
+    calls: Sequence[CapturedBatch],
     index: int,
     steps: int,
     seed: int,
@@ -118,7 +118,11 @@ def tune_layer(
 
 
 def best_alone(
-    layer: nn.Module, weights: Mapping[str, BinaryWeight], calls: Sequence[LayerCalls], index: int, processes: Processes
+    layer: nn.Module,
+    weights: Mapping[str, BinaryWeight],
+    calls: Sequence[CapturedBatch],
+    index: int,
+    processes: Processes,
 ) -> dict[str, Tensor]:
     """What each weight would best be while all others stay: ``Q + (W - Q) H / diag(H)``, ``[n, m]`` by name.
 
@@ -148,7 +152,11 @@ def best_alone(
 
 
 def stored_errors(
-    layer: nn.Module, weights: Mapping[str, BinaryWeight], calls: Sequence[LayerCalls], index: int, processes: Processes
+    layer: nn.Module,
+    weights: Mapping[str, BinaryWeight],
+    calls: Sequence[CapturedBatch],
+    index: int,
+    processes: Processes,
 ) -> dict[str, tuple[float, float]]:
     """Relative errors of each weight as stored: ``|X (W - Q)^T|^2 / |X W^T|^2`` and ``|W - Q|^2 / |W|^2``.
 
@@ -198,7 +206,7 @@ def token_errors(out: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tens
     return (error * mask).sum(), int(mask.sum())
 
 
-def _errors(layer: nn.Module, call: LayerCalls, index: int, given: dict[str, Tensor]) -> tuple[Tensor, int]:
+def _errors(layer: nn.Module, call: CapturedBatch, index: int, given: dict[str, Tensor]) -> tuple[Tensor, int]:
     assert call.reference is not None
     out = run_layer(layer, call, index, parameters=given)
     return token_errors(out, call.reference.to(out.device), call.mask)
@@ -206,14 +214,14 @@ def _errors(layer: nn.Module, call: LayerCalls, index: int, given: dict[str, Ten
 
 @torch.no_grad()
 def _held_out_loss(
-    layer: nn.Module, held: Sequence[LayerCalls], index: int, given: dict[str, Tensor], processes: Processes
+    layer: nn.Module, held: Sequence[CapturedBatch], index: int, given: dict[str, Tensor], processes: Processes
 ) -> float:
     found = [_errors(layer, call, index, given) for call in held]
     shares = processes.gather((sum(total.item() for total, _ in found), sum(count for _, count in found)))
     return sum(total for total, _ in shares) / max(sum(count for _, count in shares), 1)
 
 
-def _backward(layer: nn.Module, batches: Sequence[LayerCalls], index: int, given: dict[str, Tensor]) -> None:
+def _backward(layer: nn.Module, batches: Sequence[CapturedBatch], index: int, given: dict[str, Tensor]) -> None:
     """Gradients of the mean loss over several batches, one batch at a time; then through what made ``given``."""
     values = {name: value.detach().requires_grad_(value.requires_grad) for name, value in given.items()}
     leaves = {name: value for name, value in values.items() if value.requires_grad}
@@ -256,7 +264,9 @@ class _Descent:
         self._optimizer.zero_grad()
 
 
-def _batches(training: Sequence[LayerCalls], steps: int, seed: int, processes: Processes) -> Iterator[list[LayerCalls]]:
+def _batches(
+    training: Sequence[CapturedBatch], steps: int, seed: int, processes: Processes
+) -> Iterator[list[CapturedBatch]]:
     """The batches of each step, in shuffled rounds through all of them, by a local generator."""
     tokens = max(call.hidden.shape[:-1].numel() for call in training)
     size = max(1, min(STEP_TOKENS // (max(processes.gather(tokens)) * processes.count), len(training)))

@@ -29,7 +29,7 @@ def child(folder: str, samples: int, iterations: int) -> None:
     from transformers import AutoModelForCausalLM
 
     from arb_hf import ArbConfig
-    from arb_hf.calibrate.run import binarize_model
+    from arb_hf.calibrate.model import binarize_model
 
     torch.set_num_threads(1)
     tokens = torch.randint(0, 4096, (samples, 256), generator=torch.Generator().manual_seed(0))

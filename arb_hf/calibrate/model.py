@@ -26,15 +26,15 @@ from ..report import ArbReport
 from ..text import load_tokenizer
 from .batches import Batch, load_batches
 from .capture import capture
-from .checkpoint import LayerStore, explained_stops, fingerprint
 from .decoder import find_decoder_layers, survey
-from .distributed import Processes
 from .hessians import has_experts
-from .layer import Run, binarize_layer
+from .layer import binarize_layer
 from .offload import fetch_outside
 from .plan import check_plan, make_plan, spool_folder
+from .processes import Processes
+from .resume import LayerStore, explained_stops, fingerprint
 from .spool import Spool
-from .stages import Stages
+from .state import Run, Stages
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..binarize import SolveRecord
 from ..errors import ArbCalibrationError
 from ..format.weight import BinaryWeight
-from .capture import LayerCalls
+from .capture import CapturedBatch
 from .hessians import InputGroup, Moment
 
 T = TypeVar("T")
@@ -102,7 +102,9 @@ class Processes:
         self._talk(dist.all_gather_object, values, value)
         return values
 
-    def sum_groups(self, groups: list[InputGroup], calls: list[LayerCalls], device: torch.device) -> list[InputGroup]:
+    def sum_groups(
+        self, groups: list[InputGroup], calls: list[CapturedBatch], device: torch.device
+    ) -> list[InputGroup]:
         """The input groups of all processes, their Hessians summed; every process gets the same."""
         if self.count == 1:
             return groups

@@ -1,0 +1,85 @@
+"""What a run carries from decoder layer to decoder layer, and the seconds of its stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import ArbConfig
+from ..coverage import Coverage
+from ..nn.swap import expose_linears
+from .capture import CapturedBatch
+from .processes import Processes
+from .resume import LayerStore
+
+
+class Stages:
+    """Adds the seconds of ``with clock(stage):`` to a run's, and to those since :meth:`restart`."""
+
+    def __init__(self, total: dict[str, float]) -> None:
+        self.total = total
+        self.lap: dict[str, float] = {}
+
+    def restart(self) -> None:
+        self.lap = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.total[stage] = self.total.get(stage, 0.0) + seconds
+        self.lap[stage] = self.lap.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.add(stage, time.perf_counter() - start)
+
+
+@dataclass
+class Run:
+    """One run: what stays the same from decoder layer to decoder layer, and where they are kept.
+
+    Attributes:
+        prefix, layers: name and list of the decoder layers.
+        coverage: what is to be binarized.
+        device: where a decoder layer is while it is worked on.
+        store: finished layers, in the leading process of a run with ``checkpoint_dir``.
+        calls: this process's calibration batches, before the layer at work.
+        tunable: decoder layers that are tuned after they are binarized.
+    """
+
+    model: PreTrainedModel
+    config: ArbConfig
+    prefix: str
+    layers: nn.ModuleList
+    coverage: Coverage
+    device: torch.device
+    processes: Processes
+    clock: Stages
+    store: LayerStore | None = None
+    calls: list[CapturedBatch] = field(default_factory=list)
+    tunable: frozenset[int] = frozenset()
+
+    def inner(self, index: int, name: str) -> str:
+        """A module's name within its decoder layer."""
+        return name.removeprefix(f"{self.prefix}.{index}.")
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """What is to be binarized in a decoder layer, by full name; stacked experts come apart."""
+        names = [each.name for each in self.coverage.matrices if each.kept is None and each.layer == index]
+        found = expose_linears(self.layers[index], [self.inner(index, name) for name in names], verify=True)
+        return {name: found[self.inner(index, name)] for name in names if self.inner(index, name) in found}
+
+    def how_to_resume(self) -> str:
+        if self.config.checkpoint_dir is None:
+            return "nothing is kept without checkpoint_dir"
+        count = f"{len(self.store.finished())} of {len(self.layers)}" if self.store else "the finished"
+        return (
+            f"{count} decoder layers are kept in {self.config.checkpoint_dir}; "
+            "run the same command again to continue from there"
+        )
