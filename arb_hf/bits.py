@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .format.headers import kind_of
+from .names import kind_of
 from .nn import binary_modules
 
 

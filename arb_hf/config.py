@@ -304,6 +304,17 @@ class ArbConfig(QuantizationConfigMixin):
         """All of it: an option left at its default is stored too, lest a later default change what it meant."""
         return self.to_dict()
 
+    def published(self, skip: list[str]) -> ArbConfig:
+        """The config to store with the model: the skip list that was used, and nothing of the maker's file system."""
+        stored = copy.deepcopy(self)
+        stored.modules_to_not_convert = skip
+        stored.checkpoint_dir = None
+        if isinstance(stored.dataset, str | os.PathLike):
+            stored.dataset = os.path.basename(stored.dataset)
+        if isinstance(stored.tokenizer, str) and os.path.isdir(stored.tokenizer):
+            stored.tokenizer = None
+        return stored
+
     def __iter__(self):
         yield from self.to_dict().items()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .errors import ArbCalibrationError
+from .names import kind_of
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Coverage:
         """Kind, reason, count and weights of matrices that are alike, in order of first appearance."""
         found: dict[tuple[str, str | None], list[int]] = {}
         for each in self.matrices:
-            group = found.setdefault((_kind(each.name), each.kept), [0, 0])
+            group = found.setdefault((kind_of(each.name), each.kept), [0, 0])
             group[0] += 1
             group[1] += each.weights
         return [(kind, kept, count, weights) for (kind, kept), (count, weights) in found.items()]
 
     def table(self) -> str:
         """A line per kind of matrix with its share of the decoder layers' matrix weights, and what becomes of it."""
-        width = max([28, *(len(_kind(each.name)) for each in self.matrices)]) + 2
+        width = max([28, *(len(kind_of(each.name)) for each in self.matrices)]) + 2
         lines = [f"{'kind':<{width}}{'count':>8}{'weights':>16}{'share':>8}  what becomes of it"]
         for kind, kept, count, weights in self.groups():
             fate = "binarized" if kept is None else f"kept: {kept}"
@@ -109,9 +109,3 @@ class Coverage:
     def from_dict(cls, data: dict[str, Any]) -> Coverage:
         """Inverse of :meth:`to_dict`."""
         return cls(tuple(Matrix(**each) for each in data["matrices"]), int(data["outside"]))
-
-
-def _kind(name: str) -> str:
-    """The name within the decoder layer, with a star for an expert's number."""
-    numbers = re.split(r"\.\d+\.", name, maxsplit=1)
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", numbers[-1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import os
 from typing import Any
 
 import torch
@@ -63,7 +61,7 @@ class ArbHfQuantizer(HfQuantizer):
             folder = offload_folder(model) or config.checkpoint_dir
             report = binarize_model(model, config, sorted(skip), self.placement.execution_device())
             setattr(model, "arb_report", report)  # noqa: B010  (no such field in the class)
-            model.config.quantization_config = self.quantization_config = publishable(config, sorted(skip))
+            model.config.quantization_config = self.quantization_config = config.published(sorted(skip))
             # A packed model is saved under its modules' own names: a checkpoint's conversions are for dense weights.
             model._weight_conversions = []  # type: ignore[assignment]
             self.placement.dispatch(model, folder)
@@ -122,15 +120,3 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
 
 def _has(model: PreTrainedModel, name: str) -> bool:
     return any(name == each for each, _ in model.named_modules())
-
-
-def publishable(config: ArbConfig, skip: list[str]) -> ArbConfig:
-    """The config to store with the model: the skip list that was used, and nothing of the maker's file system."""
-    stored = copy.deepcopy(config)
-    stored.modules_to_not_convert = skip
-    stored.checkpoint_dir = None
-    if isinstance(stored.dataset, str | os.PathLike):
-        stored.dataset = os.path.basename(stored.dataset)
-    if isinstance(stored.tokenizer, str) and os.path.isdir(stored.tokenizer):
-        stored.tokenizer = None
-    return stored

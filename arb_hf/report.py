@@ -16,11 +16,12 @@ from typing import Any
 from .binarize import SolveRecord
 from .coverage import Coverage
 from .errors import ArbFormatError
+from .names import is_hub_id
 
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """One binarized matrix: its full name, decoder layer, kind (the name within the layer), shape and result.
+    """One binarized matrix: its full name, decoder layer, kind (:func:`arb_hf.names.kind_of`), shape and result.
 
     ``tokens``: calibration tokens that reached it. ``borrowed``: share of its Hessian that stands for tokens of the
     layer's other experts, because too few reached this one.
@@ -155,7 +156,7 @@ class ArbReport:
     @property
     def bits_per_weight(self) -> float:
         """All stored bits of the binarized matrices over the weights they replace."""
-        return sum(each.bits for each in self.matrices) / max(sum(each.weights for each in self.matrices), 1)
+        return _bits_per_weight(self.matrices)
 
     @property
     def output_error(self) -> float:
@@ -205,6 +206,14 @@ class ArbReport:
             "matrices": [each.row() for each in self.matrices],
         }
 
+    def published(self, config: Mapping[str, Any]) -> ArbReport:
+        """The report to store with the model: the options as ``config`` has them, and nothing of the maker's file system."""
+        return dataclasses.replace(
+            self,
+            config={key: value for key, value in config.items() if key != "modules"},
+            model=self.model if is_hub_id(self.model) else os.path.basename(os.path.normpath(self.model)),
+        )
+
     def to_json(self, path: str | os.PathLike | None = None) -> str:
         """The whole record as JSON; also written to ``path`` if given."""
         return _written(json.dumps(self.to_dict(), indent=2) + "\n", path)
@@ -228,9 +237,9 @@ class ArbReport:
         figure = _figure()
         errors, bits = figure.subplots(2, 1, sharex=True)
         for kind, records in self.by_kind().items():
-            layers = [each.layer for each in records]
-            errors.plot(layers, [each.solve.output_error or 0.0 for each in records], marker=".", label=kind)
-            bits.plot(layers, [each.solve.bits_per_weight for each in records], marker=".", label=kind)
+            by_layer = _by_layer(records)
+            errors.plot(list(by_layer), [_mean_error(each) for each in by_layer.values()], marker=".", label=kind)
+            bits.plot(list(by_layer), [_bits_per_weight(each) for each in by_layer.values()], marker=".", label=kind)
         errors.set(
             ylabel="relative output error" + (", before scales were trained" if self.scales_trained else ""),
             title=f"{self.model}: {self.config['method']}, {self.bits_per_weight:.2f} bits per weight",
@@ -259,7 +268,7 @@ class ArbReport:
             errors = [each.solve.output_error for each in records if each.solve.output_error is not None]
             error = f"{sum(errors) / len(errors):.4f}" if errors else "-"
             shape = f"{records[0].out_features} x {records[0].in_features}"
-            bits = sum(each.bits for each in records) / sum(each.weights for each in records)
+            bits = _bits_per_weight(records)
             lines.append(f"{kind:<28}{len(records):>6}{shape:>16}{error:>14}{bits:>13.3f}")
         lines.append(
             f"{'all':<28}{len(self.matrices):>6}{'':>16}{self.output_error:>14.4f}{self.bits_per_weight:>13.3f}"
@@ -286,9 +295,7 @@ def plot_comparison(reports: Mapping[str, ArbReport], path: str | os.PathLike) -
     names = list(dict.fromkeys(kind for report in reports.values() for kind in report.by_kind()))
     width = 0.8 / len(reports)
     for index, (label, report) in enumerate(reports.items()):
-        by_layer: dict[int, list[MatrixRecord]] = defaultdict(list)
-        for record in report.matrices:
-            by_layer[record.layer].append(record)
+        by_layer = _by_layer(report.matrices)
         text = f"{label}: {report.config['method']}, {report.bits_per_weight:.2f} bits per weight"
         layers.plot(list(by_layer), [_mean_error(each) for each in by_layer.values()], marker=".", label=text)
         by_kind = report.by_kind()
@@ -312,6 +319,17 @@ def _figure() -> Any:
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'arb_hf[plot]'") from error
     return Figure(figsize=(9, 6), layout="constrained")
+
+
+def _by_layer(records: Sequence[MatrixRecord]) -> dict[int, list[MatrixRecord]]:
+    layers: dict[int, list[MatrixRecord]] = defaultdict(list)
+    for record in records:
+        layers[record.layer].append(record)
+    return layers
+
+
+def _bits_per_weight(records: Sequence[MatrixRecord]) -> float:
+    return sum(each.bits for each in records) / max(sum(each.weights for each in records), 1)
 
 
 def _mean_error(records: Sequence[MatrixRecord]) -> float:

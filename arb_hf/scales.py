@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ArbCalibrationError
-from .hub import load_report
+from .hub.load import load_report
 from .nn import binary_modules
 from .nn.scaled import ScaledLinear, require_frozen
 

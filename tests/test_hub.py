@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
-from arb_hf.card import MARKER, is_hub_id, model_card
+from arb_hf.hub.card import MARKER, model_card
+from arb_hf.names import is_hub_id
 from arb_hf.report import ArbReport, Measurement
 from byte_model import byte_tokens, save_byte_model
 from loopback_hub import CUT, READER, WRITER, Fault, LoopbackHub, check_metadata
@@ -214,7 +215,7 @@ def test_push_in_memory_keeps_the_folder_on_failure(packed, tmp_path, monkeypatc
     def no_route(*args, **kwargs):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("arb_hf.hub.HfApi.create_repo", no_route)
+    monkeypatch.setattr("arb_hf.hub.publish.HfApi.create_repo", no_route)
     with pytest.raises(arb_hf.ArbUploadError, match=r"broke off \(ConnectionError: no route to host") as caught:
         arb_hf.push_to_hub(arb_hf.from_pretrained(packed), None, "me/tiny-arb")
     (kept,) = tmp_path.glob("arb_hf-push-*")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..binarize import SolveRecord
+from ..names import kind_of
 from ..nn import BinaryLinear
 from ..report import MatrixRecord, TuneRecord
 from .capture import run_layer
@@ -53,9 +54,12 @@ def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict
     records, modules = [], {}
     for name in [name for name in linears if name in results]:
         weight, solve, group = results.pop(name)
-        bits, kind = weight.form.bits(), run.inner(index, name)
         packed[name] = BinaryLinear.from_binary_weight(weight, linears[name].bias)
-        records.append(MatrixRecord(name, index, kind, *weight.shape, bits, solve, group.tokens, group.borrowed))
+        records.append(
+            MatrixRecord(
+                name, index, kind_of(name), *weight.shape, weight.form.bits(), solve, group.tokens, group.borrowed
+            )
+        )
         modules[name] = config.module_entry(name, weight.form.salient_columns)
     assert config.modules is not None
     config.modules |= modules

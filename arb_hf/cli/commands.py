@@ -29,7 +29,8 @@ from ..bits import bits_per_weight, summary
 from ..config import ArbConfig
 from ..export import export_dense, export_gguf
 from ..format.headers import REPORT_FILE, inspect_folder
-from ..hub import from_pretrained, load_report, push_folder, require_there, save_pretrained, write_card
+from ..hub.load import from_pretrained, load_report, require_there
+from ..hub.publish import push_folder, save_pretrained, write_card
 from ..report import ArbReport, Measurement, plot_comparison
 from ..text import load_tokenizer
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArbFormatError
+from ..names import kind_of
 from . import WORD
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
@@ -259,13 +260,6 @@ def _dense_weights(entries: Mapping[str, Mapping[str, Any]]) -> int:
     else:
         columns = words * WORD
     return columns * rows
-
-
-def kind_of(name: str) -> str:
-    """The name within the decoder layer: what follows the last number."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
 
 
 def read_json(path: Path) -> dict[str, Any]:

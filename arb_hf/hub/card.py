@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .format.headers import REPORT_FILE, inspect_folder
-from .report import ArbReport, Measurement
-from .text import NAMED
+from ..format.headers import REPORT_FILE, inspect_folder
+from ..names import is_hub_id
+from ..report import ArbReport, Measurement
+from ..text import NAMED
 
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TEMPLATE = Path(__file__).parent / "model_card.md"
 PLOT_FILE = "arb_report.png"
 MARKER = "Written by arb_hf, and again at every push. Delete this line to keep your own edits."
 METHOD_NAMES = {
@@ -36,12 +36,6 @@ HIDDEN_OPTIONS = (
     "modules_to_not_convert",
 )
 LICENSE_KEYS = ("license", "license_name", "license_link")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-
-def is_hub_id(name: str) -> bool:
-    """Does ``name`` read as ``owner/name`` on the Hub, and is it not a folder here?"""
-    return HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)
 
 
 def model_card(
