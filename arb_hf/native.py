@@ -17,7 +17,10 @@ from torch import Tensor
 ISA_VARIABLE = "ARB_HF_CPU_ISA"
 ISAS = ("plain", "avx2", "avx512")  # in rising order; csrc/native.h knows the same numbers
 SUFFIXES = (".so", ".dylib", ".pyd")
-CURE = "install gcc or clang, with OpenMP, and arb_hf again: pip install --force-reinstall --no-deps --no-cache-dir"
+MISSING = (
+    "arb_hf was built without its C library; install gcc or clang, with OpenMP, and arb_hf again: "
+    "pip install --force-reinstall --no-deps --no-cache-dir"
+)
 
 
 @functools.cache
@@ -36,9 +39,7 @@ def require() -> ctypes.CDLL:
     """The library; raises RuntimeError with the cure where there is none."""
     found = library()
     if found is None:
-        raise RuntimeError(
-            f"arb_hf's C library is not in {Path(__file__).parent}: it was built without a C compiler; {CURE}"
-        )
+        raise RuntimeError(MISSING)
     return found
 
 

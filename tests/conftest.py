@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from arb_hf import kernels
+from arb_hf.kernels import ops
 
 DATA = Path(__file__).parent / "data"
 VOCABULARY = 128
@@ -71,10 +71,10 @@ def fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture
 def exact_kernel(monkeypatch):
     """Equality with dense weights is a matter of the reference kernel; the fast ones round more."""
-    monkeypatch.setenv(kernels.VARIABLE, "reference")
-    kernels.kernel_for.cache_clear()
+    monkeypatch.setenv(ops.VARIABLE, "reference")
+    ops.kernel_for.cache_clear()
     yield
-    kernels.kernel_for.cache_clear()
+    ops.kernel_for.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arb_hf import kernels, native
+from arb_hf import native
 from arb_hf.errors import ArbFormatError
 from arb_hf.format.form import SCALE_DTYPES, SCALES, BinaryForm
 from arb_hf.format.packing import pack, unpack
 from arb_hf.format.weight import BinaryWeight
-from arb_hf.kernels import cpu, gradients, reference
+from arb_hf.kernels import cpu, gradients, ops, reference
 from arb_hf.nn.linear import BinaryLinear
 
 ROOT = Path(__file__).parent.parent
@@ -215,14 +215,14 @@ class TestShortcut:
 
     def test_it_is_taken_and_agrees_with_the_operator(self) -> None:
         layer, x = self.layer(), activations(2, 3, 300)
-        assert kernels.shortcut_for(x, {})
-        assert torch.equal(layer(x), kernels.binary_linear(x, layer.packed, layer.form))
+        assert ops.shortcut_for(x, {})
+        assert torch.equal(layer(x), ops.binary_linear(x, layer.packed, layer.form))
 
     def test_not_where_a_gradient_is_wanted(self) -> None:
         x = activations(2, 300).requires_grad_()
-        assert not kernels.shortcut_for(x, {})
+        assert not ops.shortcut_for(x, {})
         with torch.no_grad():
-            assert kernels.shortcut_for(x, {})
+            assert ops.shortcut_for(x, {})
 
     def test_new_tensors_are_seen(self) -> None:
         layer, other, x = (
@@ -254,9 +254,7 @@ class TestShortcut:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, as it first compiles
 class TestOperator:
     def arguments(self, weight: BinaryWeight) -> tuple:
-        tensors = pack(weight)
-        named = (*(tensors[n] for n in kernels.REQUIRED), *(tensors.get(n) for n in kernels.OPTIONAL))
-        return (*named, weight.form.in_features, weight.form.salient_columns, weight.form.block_size)
+        return ops.arguments_of(pack(weight), weight.form)
 
     @pytest.mark.parametrize("form", [(1, 1, True), (2, 2, False)], ids=str)
     def test_torch_accepts_it(self, form: tuple[int, int, bool]) -> None:
@@ -290,7 +288,7 @@ class TestOperator:
             in_float32 = replace(weight.form, scale_dtype="float32")
             (upstream * (x @ unpack(tensors | scales, in_float32).dequantize().T)).sum().backward()
             stored = {name: tensors[name].clone().requires_grad_() for name in scales}
-            kernels.binary_linear(x, tensors | stored, weight.form).backward(upstream)
+            ops.binary_linear(x, tensors | stored, weight.form).backward(upstream)
             for name, scale in scales.items():
                 found = stored[name].grad
                 expected = torch.zeros_like(scale) if scale.grad is None else scale.grad
@@ -301,11 +299,11 @@ class TestOperator:
     def test_gradients_that_nobody_wants_cost_nothing(self) -> None:
         weight = random_weight((20, 140), 64, (2, 2, True), "float32")
         tensors = pack(weight)
-        out = kernels.binary_linear(activations(3, 140).requires_grad_(), tensors, weight.form)
+        out = ops.binary_linear(activations(3, 140).requires_grad_(), tensors, weight.form)
         assert not any(each.shape == (3, 140) for each in out.grad_fn.saved_tensors if each is not None)
         tensors["column_scales"].requires_grad_()
         x = activations(3, 140)
-        kernels.binary_linear(x, tensors, weight.form).sum().backward()
+        ops.binary_linear(x, tensors, weight.form).sum().backward()
         assert x.grad is None and tensors["row_parameters"].grad is None
         assert tensors["column_scales"].grad is not None
 
@@ -336,7 +334,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 class TestChoice:
-    CODE = "from arb_hf import kernels; print(kernels.kernel_for('cpu').__name__)"
+    CODE = "from arb_hf.kernels import ops; print(ops.kernel_for('cpu').__name__)"
 
     @pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_library)])
     def test_the_variable_chooses(self, name: str) -> None:
@@ -345,8 +343,8 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            ("fastest", "it can be auto, reference, cpu, triton"),
-            ("triton", "runs on a GPU; these tensors are on the CPU"),
+            ("fastest", "it can be auto, cpu, triton, reference"),
+            ("triton", "does not run on cpu: it runs on CUDA devices only"),
         ],
     )
     def test_what_is_not_there_is_an_error(self, value: str, message: str) -> None:
@@ -354,13 +352,13 @@ class TestChoice:
         assert done.returncode != 0 and message in done.stderr
 
     def test_cpu_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(kernels.VARIABLE, "cpu")
+        monkeypatch.setenv(ops.VARIABLE, "cpu")
         monkeypatch.setattr(native, "library", lambda: None)
         with pytest.raises(RuntimeError, match="pip install"):
-            kernels.kernel_for.__wrapped__("cpu")
+            ops.kernel_for.__wrapped__("cpu")
 
     def test_a_slow_choice_is_said(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-        monkeypatch.delenv(kernels.VARIABLE, raising=False)
+        monkeypatch.delenv(ops.VARIABLE, raising=False)
         monkeypatch.setattr(native, "library", lambda: None)
-        assert kernels.kernel_for.__wrapped__("cpu") is reference
-        assert "built without its C kernels" in caplog.text and "pip install --force-reinstall" in caplog.text
+        assert ops.kernel_for.__wrapped__("cpu") is reference
+        assert "built without its C library" in caplog.text and "pip install --force-reinstall" in caplog.text

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from arb_hf import kernels
 from arb_hf.binarize import BinarizeOptions, binarize_weight
-from arb_hf.kernels import OPTIONAL, REQUIRED
+from arb_hf.kernels import ops
 from arb_hf.nn import BinaryLinear
 
 FORMS = [
@@ -23,10 +22,10 @@ FORMS = [
 def reference_kernel(monkeypatch):
     """What the module promises, over the reference; tests/test_kernels.py holds the other kernels to it."""
     monkeypatch.setenv("ARB_HF_KERNEL", "reference")
-    kernels.kernel_for.cache_clear()
+    ops.kernel_for.cache_clear()
     yield
     monkeypatch.undo()
-    kernels.kernel_for.cache_clear()
+    ops.kernel_for.cache_clear()
 
 
 def layer_and_weight(options: BinarizeOptions, n: int = 37, m: int = 200, bias: bool = False):
@@ -78,11 +77,8 @@ def test_gradient_flows_to_the_activations(options):
 @pytest.mark.parametrize("options", FORMS[:6:2], ids=str)
 def test_operator_keeps_torchs_contract(options):
     layer, _, _ = layer_and_weight(options)
-    packed = layer.packed
-    arguments = [packed[name] for name in REQUIRED] + [packed.get(name) for name in OPTIONAL]
-    sizes = (layer.in_features, layer.form.salient_columns, layer.form.block_size)
     x = torch.randn(3, 200, requires_grad=True)
-    torch.library.opcheck(torch.ops.arb_hf.binary_linear, (x, *arguments, *sizes))
+    torch.library.opcheck(torch.ops.arb_hf.binary_linear, (x, *ops.arguments_of(layer.packed, layer.form)))
 
 
 def test_state_dict_is_the_format_and_differs_from_a_dense_one():

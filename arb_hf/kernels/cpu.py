@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,13 @@ class Layer(ctypes.Structure):
     )
 
 
+def refusal(device_type: str) -> str | None:
+    """Why this kernel does not run on a device, or None."""
+    if device_type != "cpu":
+        return "it runs on the CPU only"
+    return native.MISSING if native.library() is None else None
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.require()
@@ -43,7 +51,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _describe(tensors: dict[str, Tensor], form: BinaryForm) -> tuple[Layer, list[Tensor]]:
+def _describe(tensors: Mapping[str, Any], form: BinaryForm) -> tuple[Layer, list[Tensor]]:
     """The C description of a layer, and the tensors that must live as long as it."""
     checked = []
     for name, (shape, dtype) in form.tensors().items():
@@ -126,7 +134,7 @@ class Shortcut:
         self._addresses: list[int] = []
         self._layer = Layer()
 
-    def __call__(self, x: Tensor, tensors: dict[str, Any]) -> Tensor:
+    def __call__(self, x: Tensor, tensors: Mapping[str, Any]) -> Tensor:
         """As :func:`linear`; ``tensors`` may hold others too."""
         addresses = [tensors[name].data_ptr() for name in self._names]
         if addresses != self._addresses:

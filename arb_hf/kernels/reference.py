@@ -43,6 +43,11 @@ class Scales:
         return None if self.extra is None else self.extra[place - self.form.groups]
 
 
+def refusal(device_type: str) -> str | None:
+    """Why this kernel does not run on a device: it runs on all."""
+    return None
+
+
 def tiles(tensors: dict[str, Tensor], form: BinaryForm, rows: int = TILE_ROWS) -> Iterator[tuple[slice, Tensor]]:
     """Dense tiles ``[in_features, rows]`` in float32, columns in **stored** order (see :mod:`arb_hf.format.packing`)."""
     salient = unpack_mask(tensors["salient_columns"], form.in_features)

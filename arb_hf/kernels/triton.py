@@ -39,6 +39,13 @@ _MATRIX_CONFIGS = [
 ][:_KEEP]
 
 
+def refusal(device_type: str) -> str | None:
+    """Why this kernel does not run on a device, or None."""
+    if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return "it runs on CUDA devices only, or with TRITON_INTERPRET=1 on the CPU"
+
+
 @triton.jit
 def _order_kernel(salient, order, counts, columns, BLOCK: tl.constexpr, PADDED: tl.constexpr):
     """One block: original column of each stored one, ``counts[block]`` salient columns before it, ``[blocks + block]`` in it."""

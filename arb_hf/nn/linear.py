@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ..format.form import BinaryForm
 from ..format.packing import pack, unpack
 from ..format.weight import BinaryWeight
-from ..kernels import binary_linear, shortcut_for
-from ..kernels.cpu import Shortcut
+from ..kernels import BinaryMatmul
 
 _SAME_SIZE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -40,7 +39,7 @@ class BinaryLinear(nn.Module):
         super().__init__()
         self.form = form
         self.in_features, self.out_features = form.in_features, form.out_features
-        self._shortcut = Shortcut(form)
+        self._matmul = BinaryMatmul(form)
         for name, (shape, kind) in form.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.register_parameter(
@@ -68,11 +67,7 @@ class BinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` of any floating type -> ``[..., out_features]`` in that type."""
-        out = (
-            self._shortcut(x, self._parameters)
-            if shortcut_for(x, self._parameters)
-            else binary_linear(x, self.packed, self.form)
-        )
+        out = self._matmul(x, self._parameters)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryLinear:
