@@ -77,6 +77,20 @@ class BinaryForm:
         """Slot of the mean of a salient group."""
         return self.scale_slots + self.groups + group
 
+    @property
+    def extra_column_scales(self) -> int:
+        """Rows of ``salient_column_scales``: what ``column_scales``, of a row per ordinary group, has no room for."""
+        return 2 * self.salient_groups - self.groups if self.has_column_scales else 0
+
+    def column_scale(self, group: int, order: int) -> tuple[str, int]:
+        """The stored tensor and its row that hold the column scales of salient ``group`` and ``order``.
+
+        A salient column has two scales per group. They fill its places in ``column_scales`` first, in which ordinary
+        columns keep a scale per group, and go on in ``salient_column_scales``.
+        """
+        place = 2 * group + order
+        return ("column_scales", place) if place < self.groups else ("salient_column_scales", place - self.groups)
+
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every stored tensor, bias apart. :mod:`arb_hf.format.packing` says what they hold."""
         n, m, c = self.out_features, self.in_features, self.salient_columns
@@ -92,9 +106,8 @@ class BinaryForm:
             tensors["salient_groups"] = ((salient_words, n), torch.int32)
         if self.has_column_scales:
             tensors["column_scales"] = ((self.groups, m), scale)
-            extra = 2 * self.salient_groups - self.groups
-            if extra:
-                tensors["salient_column_scales"] = ((extra, c), scale)
+            if self.extra_column_scales:
+                tensors["salient_column_scales"] = ((self.extra_column_scales, c), scale)
         if self.scale_dtype == "int8":
             tensors["row_absmax"] = ((self.blocks, self.slots), ABSMAX_DTYPE)
         return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -117,13 +118,11 @@ class BinaryWeight:
         return None if self.column_scales is None else self.column_scales[row, columns][where]
 
     def salient_scale(self, group: int, order: int, columns: slice, salient_columns: slice) -> Tensor | None:
-        """Column scale of a block's salient columns for a group and order, wherever it is kept."""
-        position = 2 * group + order
-        if position < self.form.groups:
-            return self._column_scale(position, columns, self.salient[columns])
-        if self.salient_column_scales is None:
-            return None
-        return self.salient_column_scales[position - self.form.groups, salient_columns]
+        """Column scale of a block's salient columns for a group and order; None without column scales."""
+        name, row = self.form.column_scale(group, order)
+        if name == "column_scales" or self.salient_column_scales is None:
+            return self._column_scale(row, columns, self.salient[columns])
+        return self.salient_column_scales[row, salient_columns]
 
     def rounded(self) -> BinaryWeight:
         """The same weight as it will be after packing: scales as stored, zero signs made +1."""
@@ -189,12 +188,27 @@ class BinaryWeight:
                 _settle(rows[block, group], columns[group, span], ~salient)
             for group in range(self.form.salient_groups):
                 for order in range(2):
-                    row, position = rows[block, self.form.salient_scale_slot(group, order)], 2 * group + order
-                    if position < self.form.groups:
-                        _settle(row, columns[position, span], salient)
+                    row = rows[block, self.form.salient_scale_slot(group, order)]
+                    name, place = self.form.column_scale(group, order)
+                    if name == "column_scales":
+                        _settle(row, columns[place, span], salient)
                     elif extra is not None:
-                        _settle(row, extra[position - self.form.groups, salient_span], None)
+                        _settle(row, extra[place, salient_span], None)
         return normal
+
+
+def stored_column_scales(form: BinaryForm, salient: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Column scales by slot, ``[scale_slots, m]``, as ``column_scales`` and ``salient_column_scales`` of the format."""
+    columns = scales[: form.groups].clone()
+    extra = scales.new_empty(form.extra_column_scales, int(salient.sum()))
+    for group, order in itertools.product(range(form.salient_groups), range(2)):
+        name, row = form.column_scale(group, order)
+        part = scales[form.salient_scale_slot(group, order), salient]
+        if name == "column_scales":
+            columns[row, salient] = part
+        else:
+            extra[row] = part
+    return columns, extra if len(extra) else None
 
 
 def _settle(row: Tensor, column: Tensor, where: Tensor | None) -> None:

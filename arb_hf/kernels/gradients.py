@@ -79,17 +79,18 @@ class _Tile:
                 self._add_rows(form.salient_mean_slot(group), self._by_block(part, block))
 
     def _add_salient_term(self, signed: Tensor, group: int, order: int, where: Tensor, block: Tensor) -> None:
-        slot, place = self.form.salient_scale_slot(group, order), 2 * group + order
-        column = self.scales.salient_column(place, where)
+        slot = self.form.salient_scale_slot(group, order)
+        column = self.scales.salient_column(group, order, where)
         if column is None:
             self._add_rows(slot, self._by_block(signed, block))
             return
         self._add_rows(slot, self._by_block(signed * column[:, None], block))
         of_columns = (signed * self.scales.rows[block, slot]).sum(1)
-        if place < self.form.groups:
-            self.found["column_scales"][place].index_add_(0, where, of_columns)
+        name, row = self.form.column_scale(group, order)
+        if name == "column_scales":
+            self.found[name][row].index_add_(0, where, of_columns)
         else:
-            self.found["salient_column_scales"][place - self.form.groups] += of_columns
+            self.found[name][row] += of_columns
 
     def _add_rows(self, slot: int, part: Tensor) -> None:
         self.found["row_parameters"][:, slot, self.rows] += part

@@ -36,11 +36,14 @@ class Scales:
         extra = decode_columns(tensors.get("salient_column_scales"))
         return cls(form, rows, decode_columns(tensors.get("column_scales")), extra)
 
-    def salient_column(self, place: int, where: Tensor) -> Tensor | None:
-        """Column scales of the salient columns ``where``; ``place``: twice the group, and 1 for the second order."""
-        if self.columns is not None and place < self.form.groups:
-            return self.columns[place, where]
-        return None if self.extra is None else self.extra[place - self.form.groups]
+    def salient_column(self, group: int, order: int, where: Tensor) -> Tensor | None:
+        """Column scales of the salient columns ``where`` for a group and order; None without column scales."""
+        if self.columns is None:
+            return None
+        name, row = self.form.column_scale(group, order)
+        if name == "column_scales" or self.extra is None:
+            return self.columns[row, where]
+        return self.extra[row]
 
 
 def refusal(device_type: str) -> str | None:
@@ -87,7 +90,7 @@ def _salient(planes: dict[str, Tensor], signs: Tensor, scales: Scales, where: Te
         terms = []
         for order, plane in enumerate(orders):
             term = plane * scales.rows[block, form.salient_scale_slot(group, order)]
-            column = scales.salient_column(2 * group + order, where)
+            column = scales.salient_column(group, order, where)
             if column is not None:
                 term *= column[:, None]
             elif order == 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...format.form import BinaryForm
-from ...format.weight import BinaryWeight, as_signs
+from ...format.weight import BinaryWeight, as_signs, stored_column_scales
 from ..hessian import HessianFactor, damped, saliency
 from ..options import BinarizeOptions
 from .coded import FIRST, GROUP, SECOND, CodedBlock
@@ -133,11 +133,7 @@ def assemble(blocks: list[CodedBlock], form: BinaryForm) -> BinaryWeight:
     codes = torch.cat([block.codes for block in blocks])
     columns = extra = None
     if form.has_column_scales:
-        scales = torch.cat([block.columns for block in blocks], 1)
-        of_salient = scales[form.groups : form.scale_slots, salient]
-        columns = scales[: form.groups].clone()
-        columns[:, salient] = of_salient[: form.groups]
-        extra = of_salient[form.groups :] if form.scale_slots > 2 * form.groups else None
+        columns, extra = stored_column_scales(form, salient, torch.cat([block.columns for block in blocks], 1))
     return BinaryWeight(
         form=form,
         signs=_plane(codes, FIRST),

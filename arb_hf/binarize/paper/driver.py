@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...format.form import BinaryForm
-from ...format.weight import BinaryWeight
+from ...format.weight import BinaryWeight, stored_column_scales
 from ..hessian import HessianFactor, saliency
 from ..options import BinarizeOptions
 from ..units import in_units
@@ -129,7 +129,10 @@ def _assemble(blocks: list[_Block], n: int, m: int, options: BinarizeOptions) ->
         + [fit.mean for fit in block.ordinary + block.salient if fit.mean is not None]
         for block in blocks
     ]
-    columns, extra = _column_scales(blocks, form) if form.has_column_scales else (None, None)
+    columns = extra = None
+    if form.has_column_scales:
+        by_slot = torch.cat([_scales_by_slot(block, form) for block in blocks], 1)
+        columns, extra = stored_column_scales(form, salient, by_slot)
     return BinaryWeight(
         form=form,
         signs=torch.cat([block.signs for block in blocks], 1),
@@ -144,17 +147,10 @@ def _assemble(blocks: list[_Block], n: int, m: int, options: BinarizeOptions) ->
     )
 
 
-def _column_scales(blocks: list[_Block], form: BinaryForm) -> tuple[Tensor, Tensor | None]:
-    """Column scales by kind: the ordinary groups', and the salient columns' in the places the form gives them."""
-    kept, extra = [], []
-    for block in blocks:
-        salient = block.parts.salient
-        ordinary_scales = torch.stack([fit.columns[0] for fit in block.ordinary if fit.columns is not None])
-        salient_scales = torch.stack([scale for fit in block.salient for scale in fit.columns or ()])
-        columns = torch.empty(form.groups, salient.numel(), device=salient.device)
-        columns[:, ~salient] = ordinary_scales
-        columns[:, salient] = salient_scales[: form.groups]
-        kept.append(columns)
-        extra.append(salient_scales[form.groups :])
-    spilled = torch.cat(extra, 1)
-    return torch.cat(kept, 1), spilled if spilled.shape[0] else None
+def _scales_by_slot(block: _Block, form: BinaryForm) -> Tensor:
+    """Column scales ``[scale_slots, k]`` of a block; 0 where a slot is of the other kind of columns."""
+    salient = block.parts.salient
+    scales = torch.zeros(form.scale_slots, salient.numel(), device=salient.device)
+    scales[: form.groups, ~salient] = torch.stack([fit.columns[0] for fit in block.ordinary if fit.columns is not None])
+    scales[form.groups :, salient] = torch.stack([scale for fit in block.salient for scale in fit.columns or ()])
+    return scales
