@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .binarize.options import METHODS, REFINEMENTS, SALIENT_METRICS, BinarizeOptions
+from .binarize.methods import METHODS
+from .binarize.options import REFINEMENTS, SALIENT_METRICS, BinarizeOptions
 from .errors import ArbFormatError
 from .format import FORMAT_VERSION, WORD
 from .format.form import SCALE_DTYPES, BinaryForm
@@ -29,7 +30,7 @@ PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions))
 FORM_OPTIONS = ("method", "block_size", "group_bitmap", "column_group_bitmap", "scale_dtype")
 # Options that have one of a few names.
 CHOICES = {
-    "method": METHODS,
+    "method": tuple(METHODS),
     "refinement": REFINEMENTS,
     "salient_metric": SALIENT_METRICS,
     "scale_dtype": tuple(SCALE_DTYPES),

@@ -182,12 +182,13 @@ def updates(random: Random, torch: Any) -> None:
 def matrices(random: Random, torch: Any) -> None:
     """Whole matrices, by every method and refinement."""
     from arb_hf.binarize import BinarizeOptions, binarize_weight
-    from arb_hf.binarize.options import METHODS, REFINEMENTS
+    from arb_hf.binarize.methods import METHODS
+    from arb_hf.binarize.options import REFINEMENTS
 
     n, m = random.choice((1, 3, 33, 130)), random.choice((1, 2, 31, 33, 65, 150))
     inputs = torch.randn(2 * m, m)
     options = BinarizeOptions(
-        method=random.choice(METHODS), refinement=random.choice(REFINEMENTS), block_size=random.choice((32, 64, 128)),
+        method=random.choice(tuple(METHODS)), refinement=random.choice(REFINEMENTS), block_size=random.choice((32, 64, 128)),
         group_bitmap=random.random() < 0.7, column_group_bitmap=random.random() < 0.5, iterations=2,
         max_salient_columns=random.choice((1, 2, 20, 200)), salient_metric=random.choice(("hessian", "magnitude")),
         scale_dtype=random.choice(("float32", "float16", "int8")),

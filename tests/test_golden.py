@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import arb_hf
 from arb_hf import ArbConfig
-from arb_hf.binarize.options import METHODS, REFINEMENTS, SALIENT_METRICS
+from arb_hf.binarize.methods import METHODS
+from arb_hf.binarize.options import REFINEMENTS, SALIENT_METRICS
 from arb_hf.config import FORM_OPTIONS, PER_MODULE
 from arb_hf.format import FORMAT_VERSION
 from arb_hf.format.form import SCALE_DTYPES, BinaryForm
@@ -27,7 +28,7 @@ MAKE = runpy.run_path(str(GOLDEN / "make.py"))
 CONFIGS = {name: json.loads((GOLDEN / name / "config.json").read_text())["quantization_config"] for name in DIGESTS}
 # Options with a short list of values, and that list.
 VALUES = {
-    "method": METHODS,
+    "method": tuple(METHODS),
     "refinement": REFINEMENTS,
     "salient_metric": SALIENT_METRICS,
     "scale_dtype": tuple(SCALE_DTYPES),

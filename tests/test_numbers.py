@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from arb_hf import ArbCalibrationError, ArbConfig, binarize_weight
 from arb_hf.binarize import BinarizeOptions, binarize_and_record
 from arb_hf.binarize.hessian import factorize
-from arb_hf.binarize.options import METHODS, REFINEMENTS
+from arb_hf.binarize.methods import METHODS
+from arb_hf.binarize.options import REFINEMENTS
 from arb_hf.format.packing import pack
 from arb_hf.format.weight import BinaryWeight
 from arb_hf.nn import BinaryLinear

@@ -35,9 +35,9 @@ def test_fits_are_those_of_torch(monkeypatch, method, order, rows, columns, dens
     values, member = group(rows, columns, density)
     if rows == 1:
         member[0, 1:] = 1
-    found = method.fit(values, member, order, 15)
+    found = method.alternate(values, member, order, 15)
     torch_only(monkeypatch)
-    expected = method.fit(values, member, order, 15)
+    expected = method.alternate(values, member, order, 15)
     assert difference(found, expected, member) <= 1e-9
     assert len(found.signs) == len(found.rows) == order
     for sign in found.signs:
@@ -50,13 +50,13 @@ def test_fits_are_those_of_torch(monkeypatch, method, order, rows, columns, dens
 @pytest.mark.parametrize("method", [arb, arb_rc])
 def test_fits_depend_on_neither_threads_nor_instruction_set(monkeypatch, method):
     values, member = group(5000, 40, 0.5)
-    expected, threads = method.fit(values, member, 2, 15), torch.get_num_threads()
+    expected, threads = method.alternate(values, member, 2, 15), torch.get_num_threads()
     for isa in range(native.isa() + 1):
         monkeypatch.setattr(native, "isa", lambda isa=isa: isa)
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             try:
-                found = method.fit(values, member, 2, 15)
+                found = method.alternate(values, member, 2, 15)
             finally:
                 torch.set_num_threads(threads)
             assert torch.equal(found.values(), expected.values())

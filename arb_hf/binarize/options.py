@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..format.form import BinaryForm
+from .methods import METHODS
 
-METHODS = ("arb-rc", "arb-x", "arb", "billm")
 SALIENT_METRICS = ("hessian", "magnitude")
 REFINEMENTS = ("paper", "full")
 
@@ -36,11 +36,6 @@ class BinarizeOptions:
             else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
         )
 
-    @property
-    def has_column_scales(self) -> bool:
-        """Row and column scales without means (ARB-RC), or row scales and means (the other methods)."""
-        return self.method == "arb-rc"
-
     def form(
         self, out_features: int, in_features: int, salient_columns: int, scale_dtype: str | None = None
     ) -> BinaryForm:
@@ -52,6 +47,6 @@ class BinarizeOptions:
             block_size=self.block_size,
             groups=2 if self.group_bitmap else 1,
             salient_groups=2 if self.group_bitmap and self.column_group_bitmap else 1,
-            has_column_scales=self.has_column_scales,
+            has_column_scales=METHODS[self.method].has_column_scales,
             scale_dtype=scale_dtype or self.scale_dtype,
         )

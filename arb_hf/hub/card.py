@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..binarize.methods import METHODS
 from ..format.headers import REPORT_FILE, inspect_folder
 from ..names import is_hub_id
 from ..report import ArbReport, Measurement
@@ -17,12 +18,6 @@ from ..text import NAMED
 TEMPLATE = Path(__file__).parent / "model_card.md"
 PLOT_FILE = "arb_report.png"
 MARKER = "Written by arb_hf, and again at every push. Delete this line to keep your own edits."
-METHOD_NAMES = {
-    "arb-rc": "ARB-RC: alternating row and column scales",
-    "arb-x": "ARB-X: row scales and means refined on calibration inputs",
-    "arb": "ARB: alternating row scales and means",
-    "billm": "BiLLM: row scales and means, not refined",
-}
 FULL_NAME = "{}, chosen and refined by what they do to each layer's outputs, beyond the paper"
 # Said elsewhere in the card, or of no use to its reader.
 HIDDEN_OPTIONS = (
@@ -130,10 +125,12 @@ def _sizes(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _method_name(options: dict[str, Any]) -> str:
-    method = options.get("method")
+    method = METHODS.get(str(options.get("method")))
+    if method is None:
+        return str(options.get("method"))
     if options.get("refinement") == "full":  # keeps of the method what is stored
-        return FULL_NAME.format("row and column scales" if method == "arb-rc" else "row scales and means")
-    return METHOD_NAMES.get(str(method), str(method))
+        return FULL_NAME.format("row and column scales" if method.has_column_scales else "row scales and means")
+    return method.words
 
 
 def _run(report: ArbReport | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from arb_hf.binarize import BinarizeOptions
 from arb_hf.binarize.hessian import factorize, saliency
 from arb_hf.binarize.matrix import solve
 from arb_hf.binarize.paper import arb, arb_rc, arb_x, partition
+from arb_hf.binarize.paper.fit import Group
 
 Stage = dict[str, Callable[[], object]]  # version -> what to time
 PEER = "published"
@@ -100,11 +101,11 @@ def stages(rows: int) -> dict[str, Stage]:
 
 
 def update(weight: Tensor, mask: Tensor, columns: Tensor, order: int, method: str, moment: Tensor) -> Stage:
-    values, member = weight[:, columns], mask[:, columns].float()
+    group = Group(weight, mask.float(), columns, order, 15, moment)
     fits: dict[str, Callable[[], object]] = {
-        "arb": lambda: arb.fit(values, member, order, 15),
-        "arb-rc": lambda: arb_rc.fit(values, member, order, 15),
-        "arb-x": lambda: arb_x.fit(values, member, order, 15, moment[columns][:, columns]),
+        "arb": lambda: arb.fit(group),
+        "arb-rc": lambda: arb_rc.fit(group),
+        "arb-x": lambda: arb_x.fit(group),
     }
     return versions(lambda: published.binarize_group(weight, mask, order, method, moment), fits[method])
 

@@ -1,4 +1,14 @@
-"""ARB: alternating refined binarization (ARB-LLM section 3.2, equations 4-8)."""
+"""ARB: alternating refined binarization (ARB-LLM section 3.2, equations 4-8).
+
+A weight is ``W_ij ~ a_i B_ij + m_i`` with signs B, a scale a and a mean m per row; sums run over the group's members. In turn
+
+    m_i <- m_i + mean_j (W_ij - a_i B_ij - m_i)
+    a_i <- sum_j B_ij (W_ij - m_i) / sum_j B_ij^2
+    B_ij <- sign(W_ij - m_i)
+
+Second order, ``a_i B_ij + a'_i B'_ij + m_i``: m, then a for ``W - m - a' B'`` and a' for ``W - m - a B``, then
+``(B, B')`` nearest to ``W - m`` among the four signed sums. The C twin is ``arb_fit_arb`` in ``csrc/updates.c``.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +17,18 @@ from torch import Tensor
 
 from ... import native
 from . import compiled
-from .fit import Fit, binarize_residual, nearest_pair, row_mean
+from .fit import Fit, Group, binarize_residual, nearest_pair, row_mean
 
 EPSILON = 1e-8
 
 
-def fit(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
-    """Alternate mean, scales and signs of one group. ``member`` is float ``[n, k]``."""
+def fit(group: Group) -> Fit:
+    """Means, scales and signs of one group."""
+    return alternate(group.values, group.member, group.order, group.iterations)
+
+
+def alternate(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
+    """Alternate mean, scales and signs of the members (float ``[n, k]``) of ``values [n, k]``."""
     if native.usable(values):
         return compiled.fit_arb(values, member, order, iterations)
     return _first_order(values, member, iterations) if order == 1 else _second_order(values, member, iterations)

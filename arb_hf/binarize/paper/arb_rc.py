@@ -1,4 +1,14 @@
-"""ARB-RC: row and column scales, no mean (ARB-LLM section 3.4)."""
+"""ARB-RC: row and column scales, no mean (ARB-LLM section 3.4).
+
+A weight is ``W_ij ~ r_i s_j B_ij`` with signs B; sums run over the group's members. In turn
+
+    r_i <- sum_j s_j B_ij W_ij / sum_j (s_j B_ij)^2
+    s_j <- sum_i r_i B_ij W_ij / sum_i (r_i B_ij)^2
+
+and B stays ``sign(W)``. Second order, ``r_i s_j B_ij + r'_i s'_j B'_ij``: the same for ``W - r' s'^T B'`` and for
+``W - r s^T B`` in turn, then ``(B, B')`` nearest to W among the four signed sums. The C twin of the second order is
+``arb_fit_arb_rc`` in ``csrc/updates.c``.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +17,18 @@ from torch import Tensor
 
 from ... import native
 from . import compiled
-from .fit import Fit, nearest_pair
+from .fit import Fit, Group, nearest_pair
 
 EPSILON = 1e-8
 
 
-def fit(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
-    """Alternate row and column scales of one group. ``member`` is float ``[n, k]``."""
+def fit(group: Group) -> Fit:
+    """Row scales, column scales and signs of one group."""
+    return alternate(group.values, group.member, group.order, group.iterations)
+
+
+def alternate(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
+    """Alternate row and column scales of the members (float ``[n, k]``) of ``values [n, k]``."""
     if order == 2 and native.usable(values):
         return compiled.fit_arb_rc(values, member, iterations)
     return _first_order(values, member, iterations) if order == 1 else _second_order(values, member, iterations)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from .fit import Fit, binarize_residual
+from .fit import Fit, Group, binarize_residual
 
 
-def fit(values: Tensor, member: Tensor, order: int) -> Fit:
-    """Means and scales of one group, ``order`` 1 or 2, without refinement. ``member`` is float ``[n, k]``."""
-    return binarize_residual(values, member, order)
+def fit(group: Group) -> Fit:
+    """Means and scales of one group, in one or two orders, without refinement.
+
+    Over the whole block's width, as published: bf16 weights bring exact ties, and a sum's order decides them.
+    """
+    return binarize_residual(group.block, group.block_member, group.order).at_columns(group.columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from ...format.form import BinaryForm
 from ...format.weight import BinaryWeight, stored_column_scales
 from ..hessian import HessianFactor, saliency
+from ..methods import METHODS
 from ..options import BinarizeOptions
 from ..units import in_units
-from . import arb, arb_rc, arb_x, billm, partition
-from .fit import Fit, binarize_residual
+from . import arb, partition
+from .fit import Fit, Group, binarize_residual
 from .partition import Partition
 
 
@@ -57,8 +59,8 @@ def _partition(values: Tensor, diagonal: Tensor, second_moment: Tensor, options:
     thresholds = partition.quantiles(metric.abs() * ordinary)  # the zeros of salient columns count, as published
     # What the salient columns leave: the same for every threshold, but it counts in the float32 means compared.
     everywhere = torch.ones_like(chosen)
-    if options.method == "arb-x":
-        rest = chosen - arb.fit(chosen, everywhere, 2, options.iterations).values()
+    if METHODS[options.method].splits_by_output:
+        rest = chosen - arb.alternate(chosen, everywhere, 2, options.iterations).values()
         large[:, ordinary] = partition.split_by_output(plain, thresholds, ordinary, rest, second_moment, metric)
     else:
         rest = chosen - binarize_residual(chosen, everywhere, 2).values()
@@ -84,11 +86,17 @@ def _binarize_block(
     values: Tensor, parts: Partition, second_moment: Tensor, options: BinarizeOptions
 ) -> tuple[_Block, Tensor]:
     """The block, and its dense values."""
+    # The file of a method bears its name.
+    fit = importlib.import_module(f".{options.method.replace('-', '_')}", __package__).fit
     dense, signs = torch.empty_like(values), torch.empty_like(values)
     fits, second_signs = [], torch.empty(0)
     for columns, order in ((~parts.salient, 1), (parts.salient, 2)):
         members = _members(values, parts, columns, grouped=order == 1 or options.column_group_bitmap)
-        group_fits = [fit_group(values, member, columns, order, second_moment, options) for member in members]
+        groups = [
+            Group(values, member.to(values.dtype), columns, order, options.iterations, second_moment)
+            for member in members
+        ]
+        group_fits = [fit(group) for group in groups]
         large = members[-1][:, columns]
         dense[:, columns] = torch.where(large, group_fits[-1].values(), group_fits[0].values())
         planes = [torch.where(large, group_fits[-1].signs[i], group_fits[0].signs[i]) for i in range(order)]
@@ -103,21 +111,6 @@ def _members(values: Tensor, parts: Partition, columns: Tensor, grouped: bool) -
     if parts.large is None or not grouped:
         return [columns.expand_as(values)]
     return [columns & ~parts.large, columns & parts.large]
-
-
-def fit_group(
-    values: Tensor, member: Tensor, columns: Tensor, order: int, second_moment: Tensor, options: BinarizeOptions
-) -> Fit:
-    """Fit one group on the columns that can hold it; the returned tensors have only those columns."""
-    if options.method == "billm":
-        # Over the whole block's width, as published: bf16 weights bring exact ties, and a sum's order decides them.
-        return billm.fit(values, member.to(values.dtype), order).at_columns(columns)
-    part, member = values[:, columns], member[:, columns].to(values.dtype)
-    if options.method == "arb-rc":
-        return arb_rc.fit(part, member, order, options.iterations)
-    if options.method == "arb-x":
-        return arb_x.fit(part, member, order, options.iterations, second_moment[columns][:, columns])
-    return arb.fit(part, member, order, options.iterations)
 
 
 def _assemble(blocks: list[_Block], n: int, m: int, options: BinarizeOptions) -> BinaryWeight:

@@ -1,7 +1,7 @@
-"""`Fit`: the binary parameters of one group of weights inside one block, and steps that the methods share.
+"""`Group`: the weights of one group inside one block; `Fit`: what a method makes of it; and steps that methods share.
 
-A group is a set of entries of a matrix ``values [n, k]`` marked by ``member`` (bool ``[n, k]``); every row has its own
-scales over its own members. Rows without members get zeros.
+A group is a set of entries of a matrix ``values [n, k]`` marked by ``member`` (float ``[n, k]``, 0 or 1); every row has its
+own scales over its own members. Rows without members get zeros.
 """
 
 from __future__ import annotations
@@ -10,6 +10,41 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of weights of a block, for a method's ``fit``.
+
+    Attributes:
+        block, block_member: the whole block's weights and the group's members among them, ``[n, c]``.
+        columns: the columns that can hold the group, bool ``[c]``: the ordinary or the salient ones.
+        order: planes: 1 for ordinary columns, 2 for salient ones.
+        iterations: rounds of alternating updates.
+        block_second_moment: S of the block's inputs ``[c, c]``, in units like the weights.
+    """
+
+    block: Tensor
+    block_member: Tensor
+    columns: Tensor
+    order: int
+    iterations: int
+    block_second_moment: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The weights of ``columns``, ``[n, k]``."""
+        return self.block[:, self.columns]
+
+    @property
+    def member(self) -> Tensor:
+        """The members among ``values``."""
+        return self.block_member[:, self.columns]
+
+    @property
+    def second_moment(self) -> Tensor:
+        """S over ``columns``, ``[k, k]``."""
+        return self.block_second_moment[self.columns][:, self.columns]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from arb_hf import ArbConfig
-from arb_hf.binarize.options import METHODS
+from arb_hf.binarize.methods import METHODS
 from arb_hf.format.form import SCALE_DTYPES
 from arb_hf.nn import binary_modules
 
