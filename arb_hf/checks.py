@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .errors import ArbFormatError
 from .format import WORD
+from .format.form import SCALES
 from .format.headers import require_inside
 from .format.packing import unpack_mask
 from .nn import BinaryLinear, binary_modules
@@ -34,7 +35,6 @@ SAFETENSORS_TYPES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
 }
-SCALES = ("row_parameters", "row_absmax", "column_scales", "salient_column_scales")
 # A config may ask for so many layers and experts, or as many as there are tensors, and for so many bytes of buffers.
 FEW, SMALL = 1000, 1 << 28
 COUNT = re.compile(r"n(um)?_.*(layers?|experts?)")
@@ -46,7 +46,7 @@ class Entry:
 
     file: str
     shape: tuple[int, ...]
-    kind: str
+    dtype: str
 
 
 Entries = Mapping[str, Entry]
@@ -131,20 +131,20 @@ def check_model(model: PreTrainedModel, entries: Entries) -> None:
     expected: dict[str, tuple[tuple[int, ...], str | None]] = {}
     modules = binary_modules(model)
     for name, module in modules.items():
-        for part, (shape, dtype) in module.form.tensors().items():
-            expected[f"{name}.{part}"] = shape, SAFETENSORS_TYPES[dtype]
+        for part, (shape, stored) in module.form.tensors().items():
+            expected[f"{name}.{part}"] = shape, SAFETENSORS_TYPES[stored]
     optional = _optional_names(model)
     for key, tensor in model.state_dict().items():
         if key not in expected and (key in entries or not optional(key)):
             expected[key] = tuple(tensor.shape), None
-    for key, (shape, kind) in expected.items():
+    for key, (shape, dtype) in expected.items():
         if key not in entries:
             raise ArbFormatError(f"{_names(entries)}: tensor {key} is missing")
         entry = entries[key]
-        if entry.shape != shape or not (kind == entry.kind if kind else entry.kind.startswith(("F", "BF"))):
+        if entry.shape != shape or not (dtype == entry.dtype if dtype else entry.dtype.startswith(("F", "BF"))):
             raise ArbFormatError(
-                f"{entry.file}: tensor {key} is {entry.kind} {list(entry.shape)}, "
-                f"expected {kind or 'a floating type'} {list(shape)}"
+                f"{entry.file}: tensor {key} is {entry.dtype} {list(entry.shape)}, "
+                f"expected {dtype or 'a floating type'} {list(shape)}"
             )
     for key, entry in entries.items():
         if key.rpartition(".")[0] in modules and key not in expected:
@@ -195,7 +195,7 @@ def _wrong_values(module: BinaryLinear) -> Iterator[tuple[str, str]]:
             "salient_columns",
             f"marks {int(mask.sum())} columns, the config says {form.salient_columns} of {form.in_features}",
         )
-    for part in (*SCALES, "bias"):
+    for part in (*SCALES, "row_absmax", "bias"):
         scales = getattr(module, part, None)
         if scales is None:
             continue

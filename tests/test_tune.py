@@ -115,7 +115,7 @@ def tuned(scene, steps=24, seed=0, calls=None, **options):
     weights = {name: binarize_weight(each.weight, hessians[name], chosen) for name, each in linears.items()}
     norms = {name: p for name, p in layer.named_parameters() if p.dim() == 1}
     try:
-        found, record = tune_layer(layer, weights, calls or every, 1, steps, seed, Processes())
+        found, record = tune_layer(layer, weights, calls or every, 1, steps=steps, seed=seed, processes=Processes())
         after = {name: layer.get_parameter(name).clone() for name in norms}
     finally:
         restore(layer, norms)
@@ -315,7 +315,7 @@ def test_the_loss_after_tuning_is_that_of_the_whole_layer_as_stored(scene):
     fixed = {"mlp.up_proj": binary(layer.mlp.up_proj.weight).dequantize()}
     weights = {"mlp.down_proj": binary(layer.mlp.down_proj.weight)}
     before = {name: p for name, p in layer.named_parameters() if p.dim() == 1}
-    found, record = tune_layer(layer, weights, calls, 1, 8, 0, Processes(), fixed=fixed)
+    found, record = tune_layer(layer, weights, calls, 1, steps=8, seed=0, processes=Processes(), fixed=fixed)
     norms = {name: layer.get_parameter(name) for name in before}
     restore(layer, before)
     assert record.after < record.before
@@ -369,7 +369,7 @@ def test_too_few_batches_are_warned_of(tmp_path, caplog):
 def test_published_modules_among_others_are_not_tuned(tmp_path, monkeypatch):
     asked = []
 
-    def note(layer, weights, *rest):
+    def note(layer, weights, *rest, **options):
         asked.extend(weights)
         return weights, TuneRecord(0, 1.0, 1.0, 0, 0.0)
 

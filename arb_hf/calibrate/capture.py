@@ -121,7 +121,7 @@ def _split_hidden(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     name = next((name for name in HIDDEN_NAMES if name in kwargs), None)
     if name is None:
         raise ArbCalibrationError(
-            f"{type(layer).__name__} is called with {sorted(kwargs)}: which are the hidden states?"
+            f"cannot tell which argument of {type(layer).__name__} holds the hidden states; it was called with {sorted(kwargs)}"
         )
     return (), kwargs, kwargs.pop(name)
 
@@ -142,7 +142,7 @@ def _replaced_forwards(layers: nn.ModuleList, replacement: _Recorder) -> Iterato
 
 def run_layer(
     layer: nn.Module,
-    call: CapturedBatch,
+    batch: CapturedBatch,
     index: int,
     hidden: Tensor | None = None,
     parameters: dict[str, Tensor] | None = None,
@@ -150,11 +150,11 @@ def run_layer(
     """The decoder layer's output hidden states for one batch, on the layer's device.
 
     Args:
-        hidden: the input, in place of the call's.
+        hidden: the input, in place of the batch's.
         parameters: by name, in place of the layer's.
     """
     device = next(layer.parameters()).device
-    args, kwargs = send_to_device(call.arguments[index], device)
-    inputs = ((call.hidden if hidden is None else hidden).to(device), *args)
+    args, kwargs = send_to_device(batch.arguments[index], device)
+    inputs = ((batch.hidden if hidden is None else hidden).to(device), *args)
     out = layer(*inputs, **kwargs) if parameters is None else functional_call(layer, parameters, inputs, kwargs)
     return out[0] if isinstance(out, tuple) else out

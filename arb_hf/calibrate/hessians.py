@@ -119,7 +119,7 @@ def waves(linears: dict[str, nn.Linear], budget: int) -> Iterator[dict[str, nn.L
 
 
 def accumulate(
-    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[CapturedBatch], index: int
+    layer: nn.Module, linears: dict[str, nn.Linear], captured: list[CapturedBatch], index: int
 ) -> list[InputGroup]:
     """One pass of all batches through the layer; every distinct input of a linear adds to one Hessian.
 
@@ -127,8 +127,8 @@ def accumulate(
     went to the others. A linear outside of experts whose forward is never called is in no group: its model reads the
     weight by another way.
     """
-    groups = _own_moments(layer, linears, calls, index)
-    sequences = sum(call.hidden.shape[0] for call in calls)
+    groups = _own_moments(layer, linears, captured, index)
+    sequences = sum(batch.hidden.shape[0] for batch in captured)
     experts = [expert for each in expert_lists(layer) for expert in each]
     of_experts = {id(module) for expert in experts for module in expert.modules()}
     seen = {name for group in groups for name in group.names}
@@ -137,17 +137,17 @@ def accumulate(
             groups.append(InputGroup([name], linear.in_features, sequences))
     starved = [group for group in groups if group.tokens < group.inputs and id(linears[group.names[0]]) in of_experts]
     if starved:
-        _lend(layer, {linears[group.names[0]]: group for group in starved}, calls, index)
+        _lend(layer, {linears[group.names[0]]: group for group in starved}, captured, index)
     return groups
 
 
 def _own_moments(
-    layer: nn.Module, linears: dict[str, nn.Linear], calls: list[CapturedBatch], index: int
+    layer: nn.Module, linears: dict[str, nn.Linear], captured: list[CapturedBatch], index: int
 ) -> list[InputGroup]:
     groups: dict[str, InputGroup] = {}  # by the name of its first linear
     leader_of: dict[str, str] = {}
     seen: dict[int, tuple[Tensor, str]] = {}  # inputs of the current pass, kept alive so that identity means sameness
-    sequences = sum(call.hidden.shape[0] for call in calls)
+    sequences = sum(batch.hidden.shape[0] for batch in captured)
     mask: Tensor | None = None
     called: list[str] = []
     last: int | None = None  # of how many calls in a pass, where that is known
@@ -170,10 +170,10 @@ def _own_moments(
             raise _AllSeen
 
     with input_hooks((linear, functools.partial(hook, name)) for name, linear in linears.items()):
-        for call in calls:
-            mask = call.mask
+        for batch in captured:
+            mask = batch.mask
             with _padding_unrouted(layer, mask), contextlib.suppress(_AllSeen):
-                run_layer(layer, call, index)
+                run_layer(layer, batch, index)
             if last is None and sorted(called) == sorted(linears) and not expert_lists(layer):
                 last = len(called)  # each once, and the same in every pass: the rest of a pass gives nothing
             seen.clear()
@@ -185,7 +185,7 @@ class _AllSeen(Exception):
     """Every linear has got its input; the layer need not run to its end."""
 
 
-def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[CapturedBatch], index: int) -> None:
+def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], captured: list[CapturedBatch], index: int) -> None:
     """Show starved experts the tokens of all experts of their list, as if routed to them."""
     lists = [(each, [e for e in each if any(m in starved for m in e.modules())]) for each in expert_lists(layer)]
     showing = False
@@ -210,11 +210,11 @@ def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], calls: list[Ca
             (expert, functools.partial(show, hungry)) for experts, hungry in lists if hungry for expert in experts
         ),
     ):
-        for call in calls:
+        for batch in captured:
             if not any(_hungry(group) for group in starved.values()):
                 break
-            with _padding_unrouted(layer, call.mask):
-                run_layer(layer, call, index)
+            with _padding_unrouted(layer, batch.mask):
+                run_layer(layer, batch, index)
 
 
 def _hungry(group: InputGroup) -> bool:

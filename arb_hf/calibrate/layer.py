@@ -45,29 +45,27 @@ def binarize_layer(run: Run, index: int) -> Records:
 
 def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict[str, BinaryLinear], Records]:
     layer, config = run.layers[index], run.config
-    digests = kept_digests(layer, (run.inner(index, name) for name in linears)) if run.store else {}
+    digests = kept_digests(layer, linears) if run.store else {}
     run.clock.restart()
-    results = binarize_matrices(layer, linears, run.calls, index, config, run.processes, run.clock)
-    # Here every process has all results, and `layer` is still in full precision; its inputs are in `run.calls`.
+    by_full_name = {run.full_name(index, name): linear for name, linear in linears.items()}
+    found = binarize_matrices(layer, by_full_name, run.captured, index, config, run.processes, run.clock)
+    results = {name: found[full] for name, full in zip(linears, by_full_name, strict=True) if full in found}
+    # Here every process has all results, and `layer` is still in full precision; its inputs are in `run.captured`.
     tuned = _tune(run, index, results)
     packed: dict[str, BinaryLinear] = {}
     records, modules = [], {}
-    for name in [name for name in linears if name in results]:
-        weight, solve, group = results.pop(name)
+    for name, (weight, solve, group) in results.items():
+        full, form = run.full_name(index, name), weight.form
         packed[name] = BinaryLinear.from_binary_weight(weight, linears[name].bias)
-        records.append(
-            MatrixRecord(
-                name, index, kind_of(name), *weight.shape, weight.form.bits(), solve, group.tokens, group.borrowed
-            )
-        )
-        modules[name] = config.module_entry(name, weight.form.salient_columns)
+        seen = group.tokens, group.borrowed
+        records.append(MatrixRecord(full, index, kind_of(full), *weight.shape, form.bits(), solve, *seen))
+        modules[full] = config.module_entry(full, form.salient_columns)
     assert config.modules is not None
     config.modules |= modules
 
     def save() -> None:
         if run.store is not None:
-            inside: dict[str, nn.Module] = {run.inner(index, name): each for name, each in packed.items()}
-            tensors = changed_tensors(layer, digests, inside)
+            tensors = changed_tensors(layer, digests, packed)
             matrices = [dataclasses.asdict(record) for record in records]
             about = {"matrices": matrices, "tuned": [dataclasses.asdict(each) for each in tuned]}
             run.store.save(index, tensors, {"modules": modules, "seconds": run.clock.lap} | about)
@@ -79,26 +77,31 @@ def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict
 def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
     """Tune the layer where that is asked for; the tuned weights take the places of those in ``results``."""
     layer, config = run.layers[index], run.config
-    names = {run.inner(index, name): name for name in results if config.options(name).refinement == "full"}
+    names = [name for name in results if config.options(run.full_name(index, name)).refinement == "full"]
     if index not in run.tunable or not names:
         return []
-    elsewhere = {id(each) for other in run.layers if other is not layer for each in other.parameters()}
-    weights = {inner: results[name][0] for inner, name in names.items()}
-    others = {run.inner(index, name): results[name][0] for name in results if name not in names.values()}
-    fixed = {inner: weight.rounded().dequantize() for inner, weight in others.items()}
+    weights = {name: results[name][0] for name in names}
     with run.clock("tune"):
         weights, record = tune_layer(
-            layer, weights, run.calls, index, config.tune_steps, config.seed + index, run.processes, elsewhere, fixed
+            layer,
+            weights,
+            run.captured,
+            index,
+            steps=config.tune_steps,
+            seed=config.seed + index,
+            processes=run.processes,
+            elsewhere={id(each) for other in run.layers if other is not layer for each in other.parameters()},
+            fixed={name: results[name][0].rounded().dequantize() for name in results if name not in weights},
         )
         if record.after < record.before:
-            errors = stored_errors(layer, weights, run.calls, index, run.processes)
-            for inner, name in names.items():
+            errors = stored_errors(layer, weights, run.captured, index, run.processes)
+            for name in names:
                 _, solve, group = results[name]
-                output, weight = errors[inner]
+                output, weight = errors[name]
                 solve = dataclasses.replace(
                     solve, output_error=None if solve.data_free else output, weight_error=weight
                 )
-                results[name] = weights[inner], solve, group
+                results[name] = weights[name], solve, group
     logger.info("decoder layer %d: held-out loss %.5f, tuned %.5f", index + 1, record.before, record.after)
     return [record]
 
@@ -110,9 +113,11 @@ def _restore(
     assert run.config.modules is not None
     run.config.modules |= document["modules"]
     packed = {}
-    for name in document["modules"]:
-        linear, start = linears[name], run.inner(index, name) + "."
-        form = run.config.form(name, linear.out_features, linear.in_features)
+    for name, linear in linears.items():
+        full, start = run.full_name(index, name), name + "."
+        if full not in document["modules"]:
+            continue
+        form = run.config.form(full, linear.out_features, linear.in_features)
         module = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
         state = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
         module.load_state_dict(state, assign=True)
@@ -126,11 +131,11 @@ def _restore(
 
 def _follow(run: Run, index: int) -> None:
     """Pass the full-precision model's hidden states on through the layer, while it is still in full precision."""
-    for call in run.calls:
-        assert call.reference is not None
-        hidden = run_layer(run.layers[index], call, index, call.reference)
+    for batch in run.captured:
+        assert batch.reference is not None
+        hidden = run_layer(run.layers[index], batch, index, batch.reference)
         require_finite(hidden, index)
-        call.reference = updated(call.reference, hidden)
+        batch.reference = updated(batch.reference, hidden)
 
 
 def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[str, BinaryLinear]) -> None:
@@ -140,10 +145,10 @@ def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[s
         dense = module.binary_weight().dequantize(linears[name].weight.dtype)
         # A new parameter: the loader may still hold the old one, and what is written into its data would stay.
         linears[name].weight = nn.Parameter(dense, requires_grad=False)
-    for call in run.calls:
-        hidden = run_layer(layer, call, index)
+    for batch in run.captured:
+        hidden = run_layer(layer, batch, index)
         require_finite(hidden, index)
-        call.hidden = updated(call.hidden, hidden)
+        batch.hidden = updated(batch.hidden, hidden)
     for name, module in packed.items():
         replace_module(layer, linears[name], module)
 

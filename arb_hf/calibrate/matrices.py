@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def binarize_matrices(
     layer: nn.Module,
     linears: dict[str, nn.Linear],
-    calls: list[CapturedBatch],
+    captured: list[CapturedBatch],
     index: int,
     config: ArbConfig,
     processes: Processes,
@@ -40,15 +40,15 @@ def binarize_matrices(
     Args:
         layer: in full precision, on the execution device; not changed.
         linears: by full name. One that the layer never calls is missing from the result.
-        calls: this process's batches.
+        captured: this process's batches.
     """
     device = next(layer.parameters()).device
     budget = min(processes.gather(hessian_budget(device, processes.count)))
     results: Results = {}
     for wave in waves(linears, budget):
         with clock("hessian"):
-            groups = processes.together(functools.partial(accumulate, layer, wave, calls, index))
-            groups = processes.sum_groups(groups, calls, device)
+            groups = processes.together(functools.partial(accumulate, layer, wave, captured, index))
+            groups = processes.sum_groups(groups, captured, device)
         with clock("binarize"):
             owners = processes.owners(groups, wave)
             mine = functools.partial(_binarize_groups, groups, wave, config, owners, processes.rank)

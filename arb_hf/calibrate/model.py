@@ -73,11 +73,11 @@ def binarize_model(
         stack.enter_context(_without_cache(model))
         with run.clock("capture"):
             fetch_outside(model, layers)
-            calls = capture(model, layers, batches)
+            captured = capture(model, layers, batches)
             if run.tunable:
-                calls = (dataclasses.replace(call, reference=call.hidden) for call in calls)
-            run.calls = [spool.keep(call) for call in calls]
-        called = sorted(run.calls[0].arguments)
+                captured = (dataclasses.replace(batch, reference=batch.hidden) for batch in captured)
+            run.captured = [spool.keep(batch) for batch in captured]
+        called = sorted(run.captured[0].arguments)
         silent = [each.name for each in coverage.matrices if each.layer not in called]
         run.coverage = coverage.keeping(silent, "its layer is not called on text")
         run.coverage.require(config.minimum_coverage)

@@ -103,14 +103,14 @@ class Processes:
         return values
 
     def sum_groups(
-        self, groups: list[InputGroup], calls: list[CapturedBatch], device: torch.device
+        self, groups: list[InputGroup], captured: list[CapturedBatch], device: torch.device
     ) -> list[InputGroup]:
         """The input groups of all processes, their Hessians summed; every process gets the same."""
         if self.count == 1:
             return groups
         mine = {name: group for group in groups for name in group.names}
         theirs = self.gather(
-            ([(group.names, group.inputs) for group in groups], sum(len(each.hidden) for each in calls))
+            ([(group.names, group.inputs) for group in groups], sum(len(each.hidden) for each in captured))
         )
         inputs = {names[0]: size for structure, _ in theirs for names, size in structure}
         sequences = sum(count for _, count in theirs)

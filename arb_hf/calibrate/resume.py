@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ def kept_digests(layer: nn.Module, replaced: Iterable[str]) -> dict[str, str]:
     }
 
 
-def changed_tensors(layer: nn.Module, digests: dict[str, str], packed: dict[str, nn.Module]) -> dict[str, Tensor]:
+def changed_tensors(layer: nn.Module, digests: dict[str, str], packed: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """What to store of a binarized decoder layer: its packed modules, and every other tensor that is not as it was."""
     now = kept_digests(layer, packed)
     tensors = {name: tensor for name, tensor in layer.state_dict().items() if now.get(name) != digests.get(name)}

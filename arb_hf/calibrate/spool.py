@@ -29,7 +29,7 @@ def memory_budget(processes: int) -> int:
 
 
 class Spool:
-    """Keeps the calls of every batch on the CPU in the model's dtype.
+    """Keeps the captured batches on the CPU in the model's dtype.
 
     Args:
         file_bytes: size of the mapped file for hidden states; 0 keeps them in memory.
@@ -43,12 +43,12 @@ class Spool:
         self._free = _mapped_file(file_bytes, directory or tempfile.gettempdir()) if file_bytes else None
         self._recent: dict[tuple, deque[Tensor]] = {}
 
-    def keep(self, call: CapturedBatch) -> CapturedBatch:
-        """The call with its hidden states in the spool and its arguments shared with earlier batches where equal."""
+    def keep(self, batch: CapturedBatch) -> CapturedBatch:
+        """The batch with its hidden states in the spool and its arguments shared with earlier batches where equal."""
         seen: dict[int, Tensor] = {}
-        arguments = tree_map(lambda value: self._shared(value, seen), call.arguments)
-        reference = None if call.reference is None else self._kept(call.reference.to("cpu"))
-        return replace(call, hidden=self._kept(call.hidden.to("cpu")), arguments=arguments, reference=reference)
+        arguments = tree_map(lambda value: self._shared(value, seen), batch.arguments)
+        reference = None if batch.reference is None else self._kept(batch.reference.to("cpu"))
+        return replace(batch, hidden=self._kept(batch.hidden.to("cpu")), arguments=arguments, reference=reference)
 
     def _kept(self, hidden: Tensor) -> Tensor:
         size = -(-hidden.nbytes // ALIGNMENT) * ALIGNMENT

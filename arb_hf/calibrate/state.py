@@ -49,7 +49,7 @@ class Run:
         coverage: what is to be binarized.
         device: where a decoder layer is while it is worked on.
         store: finished layers, in the leading process of a run with ``checkpoint_dir``.
-        calls: this process's calibration batches, before the layer at work.
+        captured: this process's calibration batches, before the layer at work.
         tunable: decoder layers that are tuned after they are binarized.
     """
 
@@ -62,18 +62,18 @@ class Run:
     processes: Processes
     clock: Stages
     store: LayerStore | None = None
-    calls: list[CapturedBatch] = field(default_factory=list)
+    captured: list[CapturedBatch] = field(default_factory=list)
     tunable: frozenset[int] = frozenset()
 
-    def inner(self, index: int, name: str) -> str:
-        """A module's name within its decoder layer."""
-        return name.removeprefix(f"{self.prefix}.{index}.")
+    def full_name(self, index: int, name: str) -> str:
+        """The name in the model of a module that is ``name`` in its decoder layer."""
+        return f"{self.prefix}.{index}.{name}"
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """What is to be binarized in a decoder layer, by full name; stacked experts come apart."""
-        names = [each.name for each in self.coverage.matrices if each.kept is None and each.layer == index]
-        found = expose_linears(self.layers[index], [self.inner(index, name) for name in names], verify=True)
-        return {name: found[self.inner(index, name)] for name in names if self.inner(index, name) in found}
+        """What is to be binarized in a decoder layer, by the name in it; stacked experts come apart."""
+        start = self.full_name(index, "")
+        matrices = [each for each in self.coverage.matrices if each.kept is None and each.layer == index]
+        return expose_linears(self.layers[index], [each.name.removeprefix(start) for each in matrices], verify=True)
 
     def how_to_resume(self) -> str:
         if self.config.checkpoint_dir is None:

@@ -54,8 +54,9 @@ class _Norm:
 def tune_layer(
     layer: nn.Module,
     weights: Mapping[str, BinaryWeight],
-    calls: Sequence[CapturedBatch],
+    captured: Sequence[CapturedBatch],
     index: int,
+    *,
     steps: int,
     seed: int,
     processes: Processes,
@@ -67,9 +68,9 @@ def tune_layer(
     Args:
         layer: its linears still in full precision; they are not changed.
         weights: by the name of their linear within ``layer``.
-        calls: this process's batches; ``hidden`` is the layer's input in the binarized model, ``reference`` the
+        captured: this process's batches; ``hidden`` is the layer's input in the binarized model, ``reference`` the
             layer's output in the full-precision model.
-        index: of the layer, to find its arguments in ``calls``.
+        index: of the layer, to find its arguments in ``captured``.
         steps: of gradient, about ``STEP_TOKENS`` tokens each.
         seed: of the order of the batches; the global random state is not touched.
         elsewhere: ids of parameters that other layers use too: they stay.
@@ -80,8 +81,8 @@ def tune_layer(
         processes the same. With fewer than two batches on a process nothing is tuned.
     """
     begin = time.perf_counter()
-    count = max(1, len(calls) // HELD_OUT)
-    training, held = calls[:-count], calls[-count:]
+    count = max(1, len(captured) // HELD_OUT)
+    training, held = captured[:-count], captured[-count:]
     norms = {name: _Norm.of(each) for name, each in _vectors(layer) if id(each) not in elsewhere}
 
     def parameters(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ def tune_layer(
     before = lowest = held_out_loss(best)
     if steps < 1 or not all(processes.gather(bool(training))):
         return dict(weights), TuneRecord(index, before, before, 0, time.perf_counter() - begin)
-    starts = best_alone(layer, best, calls, index, processes)
+    starts = best_alone(layer, best, captured, index, processes)
     latents = {name: LatentWeight(weight, starts.pop(name)) for name, weight in best.items()}
     best, kept_norms = dict(weights), {}
     descent = _Descent(list(latents.values()), list(norms.values()), steps, processes)
@@ -120,7 +121,7 @@ def tune_layer(
 def best_alone(
     layer: nn.Module,
     weights: Mapping[str, BinaryWeight],
-    calls: Sequence[CapturedBatch],
+    captured: Sequence[CapturedBatch],
     index: int,
     processes: Processes,
 ) -> dict[str, Tensor]:
@@ -140,9 +141,9 @@ def best_alone(
         energies[name] += rows.square().sum(0)
 
     with torch.no_grad(), input_hooks((layer.get_submodule(name), functools.partial(add, name)) for name in found):
-        for call in calls:
-            mask = call.mask
-            run_layer(layer, call, index)
+        for batch in captured:
+            mask = batch.mask
+            run_layer(layer, batch, index)
     for name, start in found.items():
         processes.average(pulls[name])
         processes.average(energies[name])
@@ -154,7 +155,7 @@ def best_alone(
 def stored_errors(
     layer: nn.Module,
     weights: Mapping[str, BinaryWeight],
-    calls: Sequence[CapturedBatch],
+    captured: Sequence[CapturedBatch],
     index: int,
     processes: Processes,
 ) -> dict[str, tuple[float, float]]:
@@ -182,9 +183,9 @@ def stored_errors(
         for name in errors:
             handle = layer.get_submodule(name).register_forward_hook(functools.partial(add, name))
             hooks.callback(handle.remove)
-        for call in calls:
-            mask = call.mask
-            run_layer(layer, call, index)
+        for batch in captured:
+            mask = batch.mask
+            run_layer(layer, batch, index)
     for each in sums.values():
         processes.average(each)
     return {
@@ -206,17 +207,17 @@ def token_errors(out: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tens
     return (error * mask).sum(), int(mask.sum())
 
 
-def _errors(layer: nn.Module, call: CapturedBatch, index: int, given: dict[str, Tensor]) -> tuple[Tensor, int]:
-    assert call.reference is not None
-    out = run_layer(layer, call, index, parameters=given)
-    return token_errors(out, call.reference.to(out.device), call.mask)
+def _errors(layer: nn.Module, batch: CapturedBatch, index: int, given: dict[str, Tensor]) -> tuple[Tensor, int]:
+    assert batch.reference is not None
+    out = run_layer(layer, batch, index, parameters=given)
+    return token_errors(out, batch.reference.to(out.device), batch.mask)
 
 
 @torch.no_grad()
 def _held_out_loss(
     layer: nn.Module, held: Sequence[CapturedBatch], index: int, given: dict[str, Tensor], processes: Processes
 ) -> float:
-    found = [_errors(layer, call, index, given) for call in held]
+    found = [_errors(layer, batch, index, given) for batch in held]
     shares = processes.gather((sum(total.item() for total, _ in found), sum(count for _, count in found)))
     return sum(total for total, _ in shares) / max(sum(count for _, count in shares), 1)
 
@@ -227,8 +228,8 @@ def _backward(layer: nn.Module, batches: Sequence[CapturedBatch], index: int, gi
     leaves = {name: value for name, value in values.items() if value.requires_grad}
     sums: dict[str, Tensor] = {}  # in float32: what float16 loses of a batch it would lose of the sum once more
     tokens = 0
-    for call in batches:
-        total, count = _errors(layer, call, index, values)
+    for batch in batches:
+        total, count = _errors(layer, batch, index, values)
         tokens += count
         if not total.requires_grad:  # layers whose kernels have no gradients
             continue
@@ -268,7 +269,7 @@ def _batches(
     training: Sequence[CapturedBatch], steps: int, seed: int, processes: Processes
 ) -> Iterator[list[CapturedBatch]]:
     """The batches of each step, in shuffled rounds through all of them, by a local generator."""
-    tokens = max(call.hidden.shape[:-1].numel() for call in training)
+    tokens = max(batch.hidden.shape[:-1].numel() for batch in training)
     size = max(1, min(STEP_TOKENS // (max(processes.gather(tokens)) * processes.count), len(training)))
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []

@@ -44,5 +44,5 @@ def export_dense(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    kind = str(wanted).removeprefix("torch.")
-    return Exported(str(folder), size, {kind: len(names)}, rounding.relative())
+    name_of_type = str(wanted).removeprefix("torch.")
+    return Exported(str(folder), size, {name_of_type: len(names)}, rounding.relative())

@@ -53,7 +53,7 @@ def export_gguf(
     model: PreTrainedModel,
     tokenizer: Any,
     path: str | os.PathLike,
-    kind: str = "auto",
+    type: str = "auto",
     pre_tokenizer: str | None = None,
 ) -> Exported:
     """Write a GGUF file.
@@ -61,7 +61,7 @@ def export_gguf(
     Args:
         model: packed, loaded in float32.
         tokenizer: byte-level BPE, the model's own.
-        kind: of the binary matrices: ``"q1_0"`` (all of them, or nothing is written), ``"f16"``, ``"f32"``, or
+        type: type of the binary matrices: ``"q1_0"`` (all of them, or nothing is written), ``"f16"``, ``"f32"``, or
             ``"auto"``: Q1_0 where exact, else f16. Embeddings and heads are f16 (f32 with ``"f32"``), vectors f32.
         pre_tokenizer: llama.cpp's name for the tokenizer's splitting rule (``"smollm"``, ``"llama-bpe"``...); by
             default the one whose rule the tokenizer has, or ``"default"`` with a warning.
@@ -78,7 +78,7 @@ def export_gguf(
         raise ValueError("this model has no binary layers: nothing to export")
     architecture = _architecture(config)
     vocabulary = _vocabulary(tokenizer, config.vocab_size)
-    if kind == "q1_0":
+    if type == "q1_0":
         for name, module in binary.items():
             reason = why_not_q1_0(module.binary_weight().dequantize())
             if reason:
@@ -95,7 +95,7 @@ def export_gguf(
             if architecture.interleaved:
                 tensor = _interleaved(name, tensor, config)
             is_binary = name.removesuffix(".weight") in binary
-            written, kept = _add_tensor(writer, gguf, places[name], tensor, kind, is_binary)
+            written, kept = _add_tensor(writer, gguf, places[name], tensor, type, is_binary)
             if is_binary:
                 counts[written] = counts.get(written, 0) + 1
                 rounding.add(tensor, kept)
@@ -196,12 +196,12 @@ def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _add_tensor(writer: Any, gguf: Any, name: str, tensor: Tensor, kind: str, binary: bool) -> tuple[str, Tensor]:
+def _add_tensor(writer: Any, gguf: Any, name: str, tensor: Tensor, wanted: str, binary: bool) -> tuple[str, Tensor]:
     """Add one tensor; returns its type and its values as written."""
-    if binary and kind in ("auto", "q1_0") and why_not_q1_0(tensor) is None:
+    if binary and wanted in ("auto", "q1_0") and why_not_q1_0(tensor) is None:
         writer.add_tensor(name, encode_q1_0(tensor), raw_dtype=gguf.GGMLQuantizationType.Q1_0)
         return "q1_0", tensor
-    narrow = tensor.dim() == 2 and kind != "f32"
+    narrow = tensor.dim() == 2 and wanted != "f32"
     kept = tensor.to(torch.float16) if narrow else tensor.to(torch.float32)
     if not bool(torch.isfinite(kept).all()):
         raise ValueError(f"{name} does not fit float16: export it as f32")

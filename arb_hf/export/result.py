@@ -23,9 +23,9 @@ class Exported:
     rounding: float
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{count} matrices as {kind}" for kind, count in self.matrices.items())
+        types = ", ".join(f"{count} matrices as {each}" for each, count in self.matrices.items())
         loss = f"relative rounding error {self.rounding:.1e}" if self.rounding else "exact"
-        return f"written to {self.path}: {self.bytes / 1e6:,.1f} MB, {kinds} ({loss})"
+        return f"written to {self.path}: {self.bytes / 1e6:,.1f} MB, {types} ({loss})"
 
 
 class Rounding:

@@ -17,7 +17,7 @@ from ..format.form import BinaryForm
 
 # Number of each type in csrc/linear.h.
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}
-ACTIVATIONS = {kind: number for kind, number in TYPES.items() if kind.is_floating_point}
+ACTIVATIONS = {dtype: number for dtype, number in TYPES.items() if dtype.is_floating_point}
 TILE_ROWS = 480  # rows decoded at a time; not a multiple of 512, lest the columns of a tile share their cache sets
 TABLE_TOKENS = 16  # at most so many tokens go by lookup tables; measured, see examples/benchmarks/inference.py
 
@@ -107,14 +107,14 @@ def _linear(x: Tensor, layer: Layer, form: BinaryForm) -> Tensor:
     if not shape or shape[-1] != form.in_features:
         raise ValueError(f"the activations have shape {list(shape)}; this layer takes [..., {form.in_features}]")
     lead = shape[:-1]
-    tokens, kind = math.prod(lead), ACTIVATIONS.get(x.dtype)
-    if kind is None:
+    tokens, number = math.prod(lead), ACTIVATIONS.get(x.dtype)
+    if number is None:
         return _linear(x.to(torch.float32), layer, form).to(x.dtype)
     if tokens > TABLE_TOKENS:
         return _linear_by_tiles(x.reshape(tokens, -1), layer, form).view(*lead, form.out_features)
     x = x.contiguous()
     y = x.new_empty((*lead, form.out_features))
-    arguments = x.data_ptr(), kind, y.data_ptr(), tokens, torch.get_num_threads(), native.isa()
+    arguments = x.data_ptr(), number, y.data_ptr(), tokens, torch.get_num_threads(), native.isa()
     status = _library().arb_linear(layer, *arguments)
     if status:
         _check(status, form)

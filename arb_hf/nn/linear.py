@@ -40,8 +40,8 @@ class BinaryLinear(nn.Module):
         self.form = form
         self.in_features, self.out_features = form.in_features, form.out_features
         self._matmul = BinaryMatmul(form)
-        for name, (shape, kind) in form.tensors().items():
-            self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+        for name, (shape, stored) in form.tensors().items():
+            self.register_parameter(name, _frozen(torch.empty(shape, dtype=stored, device=device)))
         self.register_parameter(
             "bias", _frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None
         )
