@@ -1,7 +1,28 @@
 """arb_hf: binary language models for Hugging Face Transformers (ARB-LLM, arXiv 2410.03129).
 
 Importing this package registers :class:`ArbConfig` with transformers, for binarizing and for loading packed models.
+
+Where things are, from the roof to the ground; a room imports from rooms below it only (``make lint`` checks it):
+
+==================================  =====================================================================================
+``cli``                             ``arb-hf``: ``parser`` answers at once, ``commands`` does the work
+``lora``, ``scales``                training: adapters on a packed model, or its own scales at the same bits
+``hub``                             loading with checks, publishing, the model card
+``quantizer``                       transformers' hooks; thin
+``export``, ``evaluate``, ``bits``  other formats; perplexity and accuracy; true bits of a model
+``calibrate``, ``checks``           a whole run, decoder layer after decoder layer; what a packed checkpoint must satisfy
+``config``, ``report``, ``text``    the choices of a run, the record of it, and how text is read
+``coverage``, ``overrides``         what is binarized and what is kept; options of single modules
+``nn``                              binary modules, and how they take the places of a model's own
+``binarize``                        the mathematics of one matrix: ``paper`` as published, ``full`` beyond it
+``kernels``                         the binary matmul: one operator, one reference, a module per backend
+``format``                          what is stored; its docstring is the specification
+``native``, ``names``, ``errors``   the C library (``csrc``) and how it is called; what names say; what users catch
+==================================  =====================================================================================
 """
+
+import importlib
+from types import ModuleType
 
 from transformers.quantizers import auto as _auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -41,6 +62,14 @@ __all__ = [
     "scales",
     "summary",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """:mod:`arb_hf.lora`, which needs PEFT, is imported when it is first asked for."""
+    if name == "lora":
+        return importlib.import_module(".lora", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 if QUANT_METHOD not in _auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reload must not register twice
     register_quantization_config(QUANT_METHOD)(ArbConfig)

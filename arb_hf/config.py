@@ -86,15 +86,15 @@ class ArbConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        method: str = "arb-rc",
-        block_size: int = 128,
-        column_group_bitmap: bool = True,
-        group_bitmap: bool = True,
-        iterations: int = 15,
-        salient_metric: str = "hessian",
-        max_salient_columns: int = 50,
-        damping: float = 0.01,
-        refinement: str = "paper",
+        method: str = BinarizeOptions.method,
+        block_size: int = BinarizeOptions.block_size,
+        column_group_bitmap: bool = BinarizeOptions.column_group_bitmap,
+        group_bitmap: bool = BinarizeOptions.group_bitmap,
+        iterations: int = BinarizeOptions.iterations,
+        salient_metric: str = BinarizeOptions.salient_metric,
+        max_salient_columns: int = BinarizeOptions.max_salient_columns,
+        damping: float = BinarizeOptions.damping,
+        refinement: str = BinarizeOptions.refinement,
         tune_steps: int | None = None,
         dataset: Any = "c4",
         num_samples: int = 128,
@@ -105,7 +105,7 @@ class ArbConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         minimum_coverage: float = 0.9,
-        scale_dtype: str = "float16",
+        scale_dtype: str = BinarizeOptions.scale_dtype,
         checkpoint_dir: str | os.PathLike | None = None,
         format_version: int = FORMAT_VERSION,
         modules: dict[str, dict[str, Any]] | None = None,
@@ -140,6 +140,8 @@ class ArbConfig(QuantizationConfigMixin):
             named = ", ".join(name + (f" (did you mean {like[0]}?)" if like else "") for name, like in near.items())
             raise TypeError(f"ArbConfig does not know {named}")
         self._validate()
+        if self.modules is None:  # a choice that is being made, not one that is read back
+            self._warn_of_idle_options()
         if not self.group_bitmap:
             self.column_group_bitmap = False
 
@@ -175,6 +177,20 @@ class ArbConfig(QuantizationConfigMixin):
             self._validate_overrides()
         if self.modules is not None:
             self._validate_modules()
+
+    def _warn_of_idle_options(self) -> None:
+        """Warn of options that were set and have no effect beside the others."""
+        every = [
+            ("", vars(self)),
+            *((f" in overrides[{each!r}]", own or {}) for each, own in (self.overrides or {}).items()),
+        ]
+        for where, options in every:
+            refinement = options.get("refinement", self.refinement)
+            if (
+                refinement == "full"
+                and options.get("iterations", BinarizeOptions.iterations) != BinarizeOptions.iterations
+            ):
+                warnings.warn(f'ArbConfig: iterations{where} has no effect with refinement="full"', stacklevel=4)
 
     def _validate_overrides(self) -> None:
         if not isinstance(self.overrides, Mapping):
