@@ -34,14 +34,14 @@ tests: $(VENV)/installed
 SECONDS ?= 300
 
 fuzz: asan
-	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+	$(BIN)/python tests/long/fuzz.py --seconds $(SECONDS)
 
 asan: $(VENV)/installed
-	$(BIN)/python tests/asan.py --seconds $(SECONDS)
+	$(BIN)/python tests/long/asan.py --seconds $(SECONDS)
 
 # What reads and writes checkpoints, config and command line; kernels and mathematics depend on torch alone.
-COMPAT_TESTS ?= $(addprefix tests/test_, $(addsuffix .py, bad_input cli config data evaluate experts export golden \
-	hostile hub linear offload overrides packing quantizer resume scales))
+COMPAT_TESTS ?= $(addprefix tests/, cli export format hub nn calibrate/test_batches.py calibrate/test_offload.py \
+	calibrate/test_resume.py test_bad_input.py test_config.py test_evaluate.py test_overrides.py test_quantizer.py test_scales.py)
 
 # The oldest releases that pyproject.toml admits, in a folder of their own, through the tests that touch them.
 compat: $(VENV)-oldest/installed

@@ -22,7 +22,8 @@ import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate.model import binarize_model
 from arb_hf.cli.parser import main
-from conftest import DATA, llama, token_samples, word_tokenizer, words
+from helpers.models import llama, token_samples, word_tokenizer, words
+from helpers.process import DATA
 
 PACKED = str(DATA / "golden" / "arb-rc-two-float16")
 

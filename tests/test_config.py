@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from arb_hf import ArbConfig
-from conftest import word_tokenizer
+from helpers.models import word_tokenizer
 
 WRONG = {
     "method": ["arb-rcc", None, 3],

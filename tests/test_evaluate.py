@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf.evaluate import evaluation_windows, multiple_choice, perplexity
-from byte_model import byte_tokenizer, byte_tokens, save_byte_model
-from conftest import fresh_process
+from helpers.byte_model import byte_tokenizer, byte_tokens, save_byte_model
+from helpers.process import fresh_process
 
 ITEMS = [
     {"query": "Question: What is wet?\nAnswer:", "choices": ["water", "a stone", "fire"], "gold": 0},

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import arb_hf
-from byte_model import save_byte_model
-from conftest import words
+from helpers.byte_model import save_byte_model
+from helpers.models import words
+from helpers.process import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import arb_hf
 from arb_hf import scales
 from arb_hf.report import Measurement
-from byte_model import logits, save_byte_model, save_packed, train
+from helpers.byte_model import logits, save_byte_model, save_packed, train
 
 pytest.importorskip("peft")
 lora = pytest.importorskip("arb_hf.lora")

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from arb_hf import native
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+from helpers.process import ROOT, fresh_process
 
 
 def test_every_source_is_built() -> None:
@@ -33,11 +22,11 @@ class TestLibrary:
         assert 0 <= native.isa() <= native.require().arb_cpu_isa() < len(native.ISAS)
 
     def test_isa_can_be_forced(self) -> None:
-        done = run("from arb_hf import native; print(native.ISAS[native.isa()])", ARB_HF_CPU_ISA="plain")
+        done = fresh_process("from arb_hf import native; print(native.ISAS[native.isa()])", ARB_HF_CPU_ISA="plain")
         assert done.stdout.strip() == "plain"
 
     def test_unknown_isa_is_an_error(self) -> None:
-        done = run("from arb_hf import native; native.isa()", ARB_HF_CPU_ISA="mmx")
+        done = fresh_process("from arb_hf import native; native.isa()", ARB_HF_CPU_ISA="mmx")
         assert done.returncode != 0
         assert "ARB_HF_CPU_ISA=mmx is unknown; it can be plain, avx2, avx512" in done.stderr
 

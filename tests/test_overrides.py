@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.overrides import covers, select
-from conftest import fresh_process, token_samples
+from helpers.models import token_samples
+from helpers.process import fresh_process
 
 FAST = {"dataset": token_samples(4, 32), "iterations": 2, "block_size": 64}
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig, ArbFormatError
 from arb_hf.nn import BinaryLinear
-from conftest import fresh_process, llama, token_samples, word_tokenizer, words
+from helpers.models import llama, token_samples, word_tokenizer, words
+from helpers.process import fresh_process
 
 IDS = token_samples(1, 20, seed=9)[0][None]
 

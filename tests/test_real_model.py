@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import arb_hf
 from arb_hf import ArbConfig
 from arb_hf.evaluate import perplexity
-from conftest import fresh_process
+from helpers.process import ROOT, fresh_process
 
-ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "examples" / "data"
 
 

@@ -12,7 +12,7 @@ import arb_hf
 from arb_hf import scales
 from arb_hf.nn import ScaledLinear
 from arb_hf.report import Measurement
-from byte_model import logits, save_packed, train
+from helpers.byte_model import logits, save_packed, train
 
 pytestmark = pytest.mark.usefixtures("exact_kernel")
 
