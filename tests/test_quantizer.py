@@ -246,18 +246,16 @@ def damage_tensors(folder, change):
 
 
 Q = "model.layers.0.self_attn.q_proj"
+W = f"{Q}.weight"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda t: t.pop(f"{Q}.second_plane"), rf"model\.safetensors: tensor {Q}\.second_plane is missing"),
-        (
-            lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].contiguous()}),
-            rf"tensor {Q}\.weight is I32 \[2, 96\]",
-        ),
-        (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].float()}), rf"tensor {Q}\.weight is F32"),
-        (lambda t: t.update({f"{Q}.extra": t[f"{Q}.weight"].clone()}), rf"surplus tensor {Q}\.extra"),
+        (lambda t: t.update({W: t[W][:-1].contiguous()}), rf"tensor {Q}\.weight is I32 \[2, 96\]"),
+        (lambda t: t.update({W: t[W].float()}), rf"tensor {Q}\.weight is F32"),
+        (lambda t: t.update({f"{Q}.extra": t[W].clone()}), rf"surplus tensor {Q}\.extra"),
         (lambda t: t[f"{Q}.row_parameters"].fill_(float("nan")), rf"{Q}\.row_parameters holds NaN"),
         (lambda t: t[f"{Q}.salient_columns"].fill_(255), rf"{Q}\.salient_columns marks 96 columns"),
         (lambda t: t.pop("model.norm.weight"), r"model\.safetensors: tensor model\.norm\.weight is missing"),

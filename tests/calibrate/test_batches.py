@@ -94,15 +94,15 @@ def test_masks_mark_padding():
     assert plain.attention_mask is None
 
 
+FEW = r"has 10 tokens, fewer than one sequence of sequence_length=16; pass more text or lower sequence_l"
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
         (None, "there is no text: pass a name"),
         ([words(40)], r"has 40 tokens, but num_samples=4 x sequence_length=16 asks for 64; .*num_samples=2 would fit"),
-        (
-            [words(10)],
-            r"has 10 tokens, fewer than one sequence of sequence_length=16; pass more text or lower sequence_l",
-        ),
+        ([words(10)], FEW),
         (["  "], "the text is empty"),
         ([], "the text is empty"),
         ("nothing.txt", "the text file nothing.txt does not exist"),

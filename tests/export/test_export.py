@@ -222,19 +222,24 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
+def digits(individual: bool) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=individual), BYTES])
+
+
+def split(pattern: str, behavior: str = "isolated") -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior), BYTES_ONLY])
+
+
 @pytest.mark.parametrize(
     ("rule", "name"),
     [
         (BYTES, "gpt-2"),
-        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES]), "smollm"),
-        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES_ONLY]), "llama-bpe"),
-        (
-            pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3.replace("{1,3}", "")), "isolated"), BYTES_ONLY]),
-            "qwen2",
-        ),
-        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), BYTES]), None),
-        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s"), "isolated"), BYTES_ONLY]), None),
-        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "removed"), BYTES_ONLY]), None),
+        (digits(True), "smollm"),
+        (split(LLAMA3), "llama-bpe"),
+        (split(LLAMA3.replace("{1,3}", "")), "qwen2"),
+        (digits(False), None),
+        (split(r"\s"), None),
+        (split(LLAMA3, "removed"), None),
         (BYTES_ONLY, None),
         (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
         (pre_tokenizers.Whitespace(), None),
