@@ -42,7 +42,12 @@ class Place:
 
     def binarize(self, dtype: torch.dtype = torch.float32, model: str | None = None, **options: object) -> None:
         """A run that must be over before the first forward pass, if it ends with an error."""
-        chosen = {"dataset": token_samples(), "iterations": 1, "num_samples": 4, "sequence_length": 32} | options
+        chosen = {
+            "dataset": token_samples(length=32),
+            "iterations": 1,
+            "num_samples": 4,
+            "sequence_length": 32,
+        } | options
         AutoModelForCausalLM.from_pretrained(model or self.model, quantization_config=ArbConfig(**chosen), dtype=dtype)
 
     def without_pass(self, **options: object) -> None:

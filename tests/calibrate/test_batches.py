@@ -53,7 +53,7 @@ def test_data_sets_of_text_tokens_and_chats():
     assert torch.equal(ids_of(load(text)), ids_of(load([words(100)])))
     samples = token_samples(5, 12)
     tokens = Dataset.from_dict({"input_ids": [sample.tolist() for sample in samples]})
-    assert torch.equal(ids_of(load(tokens)), torch.stack(samples[:4]))
+    assert torch.equal(ids_of(load(tokens, sequence_length=12)), torch.stack(samples[:4]))
 
 
 def test_chat_messages_go_through_the_template():
@@ -77,20 +77,20 @@ def test_several_splits_are_refused():
 
 def test_tokens_are_taken_as_they_are():
     samples = token_samples(6, 20)
-    assert torch.equal(ids_of(load(samples)), torch.stack(samples[:4]))
-    assert torch.equal(ids_of(load(torch.stack(samples))), torch.stack(samples[:4]))
-    assert len(load(samples[:2])) == 2
-    batches = load(samples, batch_size=3)
+    assert torch.equal(ids_of(load(samples, sequence_length=20)), torch.stack(samples[:4]))
+    assert torch.equal(ids_of(load(torch.stack(samples), sequence_length=20)), torch.stack(samples[:4]))
+    assert len(load(samples[:2], sequence_length=20)) == 2
+    batches = load(samples, sequence_length=20, batch_size=3)
     assert [batch.input_ids.shape[0] for batch in batches] == [3, 1]
 
 
 def test_masks_mark_padding():
     ids = torch.stack(token_samples(2, 10))
     mask = torch.tensor([[1] * 10, [1] * 6 + [0] * 4])
-    (batch,) = load([{"input_ids": ids, "attention_mask": mask}], batch_size=2)
+    (batch,) = load([{"input_ids": ids, "attention_mask": mask}], sequence_length=10, batch_size=2)
     assert torch.equal(batch.attention_mask, mask)
     assert batch.tokens == 16
-    (plain,) = load([{"input_ids": ids}], batch_size=2)
+    (plain,) = load([{"input_ids": ids}], sequence_length=10, batch_size=2)
     assert plain.attention_mask is None
 
 
