@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -15,7 +17,7 @@ from ..coverage import Coverage, Matrix
 from ..errors import ArbCalibrationError
 from ..format import WORD
 from ..nn.experts import find_stacks
-from ..overrides import covers
+from ..overrides import covers, select
 
 # Linears that must not be converted, by their path within a decoder layer.
 KEPT_NAMES = (
@@ -88,7 +90,8 @@ def survey(
         skip: names of modules that stay in full precision.
 
     Raises:
-        ArbCalibrationError: an override covers nothing in the model, or two of them contradict each other.
+        ArbCalibrationError: an override or a name to keep matches nothing in the model, or two overrides contradict
+            each other.
     """
     skip, asked = tuple(skip), tuple(config.modules_to_not_convert or ())
     holders = Counter(id(each) for module in model.modules() for each in module.parameters(recurse=False))
@@ -178,15 +181,40 @@ def _too_narrow(out_features: int, in_features: int) -> str | None:
 
 
 def _require_used(config: ArbConfig, model: PreTrainedModel, matrices: list[Matrix]) -> None:
+    """Refuse names that match nothing, and warn of overrides that decide nothing."""
+    modules = [name for name, _ in model.named_modules() if name]
+    names = dict.fromkeys([*modules, *(each.name for each in matrices)])
+    for kept in config.modules_to_not_convert or ():
+        if not any(is_skipped(name, (kept,)) for name in names):
+            raise ArbCalibrationError(f"modules_to_not_convert has {kept!r}: no module{_meant(kept, names)}")
     for pattern, options in (config.overrides or {}).items():
-        if any(covers(pattern, each.name) for each in matrices):
+        covered = [each for each in matrices if covers(pattern, each.name)]
+        if not covered:
+            if options is None and any(covers(pattern, name) for name in modules):
+                continue  # kept anyway
+            example = matrices[0].name if matrices else "there are none"
+            raise ArbCalibrationError(
+                f"overrides[{pattern!r}] covers no weight matrix of the decoder layers; their names are like {example}"
+            )
+        decided = [each for each in covered if select(config.overrides or {}, each.name) == pattern]
+        if not decided:
+            why = "more specific patterns decide for all that it covers"
+        elif options is not None and all(each.kept is not None for each in decided):
+            why = f"what it covers is kept in full precision ({decided[0].name}: {decided[0].kept})"
+        else:
             continue
-        if options is None and any(covers(pattern, name) for name, _ in model.named_modules()):
-            continue  # kept anyway
-        example = matrices[0].name if matrices else "there are none"
-        raise ArbCalibrationError(
-            f"overrides[{pattern!r}] covers no weight matrix of the decoder layers; their names are like {example}"
-        )
+        warnings.warn(f"ArbConfig: overrides[{pattern!r}] has no effect: {why}", stacklevel=2)
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    """The rest of an error about a name that matches nothing: where patterns go, or what may have been meant."""
+    if any(sign in name for sign in "*?[\\^$"):
+        return " has this name, and names are no patterns: those go in overrides={pattern: None}"
+    ends = {".".join(parts[at:]) for parts in (each.split(".") for each in names) for at in range(len(parts))}
+    near = difflib.get_close_matches(name, sorted(end for end in ends if end.count(".") == name.count(".")), 1)
+    return " has this name, or one that ends in it" + (
+        f"; did you mean {near[0]!r}?" if near else "; see model.named_modules()"
+    )
 
 
 def is_skipped(name: str, skip: Iterable[str]) -> bool:

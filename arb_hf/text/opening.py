@@ -100,15 +100,16 @@ def _open_named(source: str, split: str) -> Rows | Text:
         return _download(source, split)
     name = path.name.lower()
     suffix = next((each for each in (*TEXT_FILES, *PACKED_FILES) if name.endswith(each)), None)
-    if path.is_dir():
+    if os.path.isdir(source):  # unlike Path, of names too long for a path too
         raise ValueError(
             f"the text {source} is a folder: pass a file in it, or what datasets.load_from_disk makes of it"
         )
     if suffix is None:
         known = ", ".join([*map(repr, NAMED), *("a path ending in " + suffix for suffix in TEXT_FILES)])
         shown = source if len(source) <= 80 else source[:80] + "..."
-        raise ValueError(f"the text {shown!r} is not known; pass {known}, a list or a datasets.Dataset")
-    if not path.is_file():
+        cure = "; a text itself goes into a list" if source.strip().count(" ") else ""
+        raise ValueError(f"the text {shown!r} is not known; pass {known}, a list or a datasets.Dataset{cure}")
+    if not os.path.isfile(source):
         raise ValueError(f"the text file {source} does not exist")
     kind = suffix.removesuffix(".gz")
     if kind == ".parquet":
