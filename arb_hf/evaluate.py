@@ -269,7 +269,7 @@ def _check_windows(windows: Tensor, model: PreTrainedModel) -> None:
     if low < 0 or high >= config.vocab_size:
         raise ValueError(
             f"token {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}: "
-            "is this the model's own tokenizer?"
+            "use the model's own tokenizer"
         )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:

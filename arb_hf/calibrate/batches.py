@@ -148,7 +148,7 @@ def _check(samples: list[Batch], vocabulary: int, max_length: int | None) -> Non
         if low < 0 or high >= vocabulary:
             raise ArbCalibrationError(
                 f"calibration sample {number} has token {low if low < 0 else high}, the model's vocabulary has "
-                f"{vocabulary}: is this the model's own tokenizer?"
+                f"{vocabulary}: use the model's own tokenizer"
             )
         if max_length is not None and sample.input_ids.shape[1] > max_length:
             raise ArbCalibrationError(

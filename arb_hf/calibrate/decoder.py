@@ -27,7 +27,7 @@ KEPT_NAMES = (
     (r"(attention\.output|feed_forward\.value)$", "its model changes the weight when it runs"),
 )
 # Not in the list: out_proj of Mamba-2 and its hybrids. Only their fused training kernel reads its weight.
-ROUTER = "router: what a wrong expert costs is more than its few weights save"
+ROUTER = "router: small, and a wrong expert costs more than its weights would save"
 ROUTER_CLASSES = re.compile(r"Router|Gating|TopKGate|MoEGate|MoeGate")
 ROUTER_NAMES = re.compile(r"(router|gate|wg|shared_expert_gate|shared_gate)")
 # Subclasses of nn.Linear with a forward of their own that is still x W^T + b.
@@ -37,11 +37,11 @@ FEWEST_OUTPUTS = 8
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the ``ModuleList`` of the decoder layers.
+    """Find the ``ModuleList`` of the decoder layers, and its name.
 
-    They are looked for next to the input embeddings, so that a vision tower's layers are not taken for those of the
-    language model: the first list whose elements transformers must not split over devices; failing that, the one that
-    holds the most weights.
+    The search starts next to the input embeddings, so that a vision tower's layers are not taken for those of the
+    language model. It takes the first list whose elements transformers must not split over devices or, failing that,
+    the list that holds the most weights.
 
     Raises:
         ArbCalibrationError: the model is not a decoder-only language model, or has no such list.
@@ -83,7 +83,7 @@ def _require_decoder(model: PreTrainedModel) -> None:
 def survey(
     model: PreTrainedModel, prefix: str, layers: nn.ModuleList, config: ArbConfig, skip: Iterable[str]
 ) -> Coverage:
-    """What of the decoder layers is to be binarized, what is kept and why. Looks at names and shapes only.
+    """Say which matrices of the decoder layers are binarized, which are kept, and why; from names and shapes only.
 
     Args:
         prefix, layers: from :func:`find_decoder_layers`.
@@ -176,7 +176,7 @@ def _why_kept(name: str, module: nn.Module, layer: nn.Module, model: PreTrainedM
 
 def _too_narrow(out_features: int, in_features: int) -> str | None:
     if in_features < WORD or out_features < FEWEST_OUTPUTS:
-        return f"too narrow ({out_features} x {in_features}): its scales would take more than its bits save"
+        return f"too narrow ({out_features} x {in_features}): its scales would take more than its bits would save"
     return None
 
 
