@@ -6,9 +6,10 @@ Both take any causal language model, packed or dense, so that a binarized model 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .text import read_text, tokenize
+from .text import leading_tokens, open_text
+from .text.files import JsonLines
 
+TEXT = "wikitext2"  # what is measured on by default
+WINDOW = 2048  # tokens of a window by default, as GPTQ and its followers have it
 LOSS_ROWS = 512  # positions whose float32 logits are held at a time: a large vocabulary would double the memory
 
 
@@ -29,8 +33,8 @@ LOSS_ROWS = 512  # positions whose float32 logits are held at a time: a large vo
 def perplexity(
     model: PreTrainedModel,
     tokenizer_or_tokens: Any,
-    text: Any = "wikitext2",
-    sequence_length: int = 2048,
+    text: Any = TEXT,
+    sequence_length: int = WINDOW,
     max_windows: int | None = None,
     batch_size: int = 1,
 ) -> float:
@@ -41,7 +45,7 @@ def perplexity(
             ``[windows, length]``, and ``text`` is not used.
         text: a name (its test split), a path, a list of strings or a ``datasets.Dataset``, as ``ArbConfig.dataset``.
         sequence_length: tokens per window.
-        max_windows: only the first so many; None for all.
+        max_windows: number of windows, from the beginning of the text, which is read no further; None for all.
         batch_size: windows per forward pass.
 
     Returns:
@@ -50,6 +54,7 @@ def perplexity(
     Raises:
         ValueError: less text than one window, token ids outside the vocabulary, or losses that are not finite.
     """
+    _require_batch(batch_size)
     windows = evaluation_windows(tokenizer_or_tokens, text, sequence_length, max_windows)
     _check_windows(windows, model)
     total, device = 0.0, _device(model)
@@ -68,7 +73,7 @@ def perplexity(
 
 
 def evaluation_windows(
-    tokenizer_or_tokens: Any, text: Any = "wikitext2", sequence_length: int = 2048, max_windows: int | None = None
+    tokenizer_or_tokens: Any, text: Any = TEXT, sequence_length: int = WINDOW, max_windows: int | None = None
 ) -> Tensor:
     """The windows that :func:`perplexity` measures, int64 ``[windows, sequence_length]``: for use with several models.
 
@@ -80,8 +85,16 @@ def evaluation_windows(
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}: at least one window is needed, or None for all")
     tokens = tokenizer_or_tokens
-    if not isinstance(tokens, Tensor):
-        tokens = tokenize(read_text(text, tokens, split="test"), tokens)
+    if isinstance(tokens, Tensor):
+        _warn_of_idle_arguments(tokens, text, sequence_length)
+    elif callable(tokens):
+        count = None if max_windows is None else max_windows * sequence_length
+        tokens = leading_tokens(open_text(text, tokens, split="test"), tokens, count)
+    else:
+        raise ValueError(
+            f"tokenizer_or_tokens is of type {type(tokens).__name__}: pass a tokenizer, or token ids as one tensor, such "
+            "as batch['input_ids']"
+        )
     if tokens.dim() == 1:
         count = tokens.numel() // sequence_length
         if not count:
@@ -94,6 +107,17 @@ def evaluation_windows(
             f"windows must be integers [windows, length >= 2]; these are {tokens.dtype} {list(tokens.shape)}"
         )
     return tokens[:max_windows].to(torch.int64)
+
+
+def _warn_of_idle_arguments(tokens: Tensor, text: Any, sequence_length: int) -> None:
+    """Warn of arguments that were set and have no effect where tokens are given."""
+    if not (isinstance(text, str) and text == TEXT):
+        warnings.warn("text has no effect: tokens are given", stacklevel=3)
+    if tokens.dim() == 2 and sequence_length not in (WINDOW, tokens.shape[1]):
+        warnings.warn(
+            f"sequence_length={sequence_length} has no effect: the windows given have {tokens.shape[1]} tokens",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,13 +150,16 @@ def multiple_choice(
 
     Args:
         items: a path to a .jsonl file, or rows ``{"query": str, "choices": [str, ...], "gold": int}``.
-        max_items: only the first so many; None for all.
+        max_items: number of items, from the first on; None for all.
         batch_size: items per forward pass, each with all its choices.
 
     Raises:
         ValueError: no items, or one that has not this form.
     """
-    rows = _read_items(items)[:max_items]
+    if max_items is not None and max_items < 1:
+        raise ValueError(f"max_items={max_items}: at least one item is needed, or None for all")
+    _require_batch(batch_size)
+    rows = _read_items(items, max_items)
     if not rows:
         raise ValueError("there are no items to evaluate")
     right: list[tuple[bool, bool]] = []
@@ -153,28 +180,39 @@ def multiple_choice(
     return Accuracy(len(right), acc, _stderr(acc, len(right)), acc_norm, _stderr(acc_norm, len(right)))
 
 
-def _read_items(items: Any) -> list[Mapping[str, Any]]:
+def _read_items(items: Any, count: int | None) -> list[Mapping[str, Any]]:
+    """The first ``count`` items, or all; nothing behind them is read."""
     if isinstance(items, str | os.PathLike):
-        lines = Path(items).read_text(encoding="utf-8").split("\n")
-        try:
-            items = [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{items}: not a file of JSON lines ({error})") from error
-    rows = list(items)
-    for number, row in enumerate(rows):
+        path = Path(items)
+        if not path.is_file():
+            raise ValueError(f"the file of items {items} does not exist: pass a .jsonl file")
+        numbered = JsonLines(path).rows()
+    elif isinstance(items, Mapping):
+        raise ValueError(
+            f"the items are a mapping with {', '.join(map(repr, list(items)[:5]))}: pass a list of items, or one part of it"
+        )
+    else:
+        numbered = ((f"item {number}", row) for number, row in enumerate(items))
+    found = list(itertools.islice(numbered, count))
+    for where, row in found:
         choices = row.get("choices") if isinstance(row, Mapping) else None
         well_formed = (
             isinstance(choices, Sequence)
+            and not isinstance(choices, str)
             and all(isinstance(choice, str) and choice for choice in choices)
             and isinstance(row.get("query"), str)
             and isinstance(row.get("gold"), int)
+            and not isinstance(row["gold"], bool)
             and 0 <= row["gold"] < len(choices)
         )
         if not well_formed:
-            raise ValueError(
-                f"item {number} is not {{'query': str, 'choices': [str, ...], 'gold': index}}: {row!r:.200}"
-            )
-    return rows
+            raise ValueError(f"{where} is not {{'query': str, 'choices': [str, ...], 'gold': index}}: {row!r:.200}")
+    return [row for _, row in found]
+
+
+def _require_batch(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"batch_size={size}: at least 1 is needed")
 
 
 def _encode(tokenizer: Any, query: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -231,7 +269,7 @@ def _check_windows(windows: Tensor, model: PreTrainedModel) -> None:
     if low < 0 or high >= config.vocab_size:
         raise ValueError(
             f"token {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}: "
-            "is this the model's own tokenizer?"
+            "use the model's own tokenizer"
         )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:

@@ -42,7 +42,12 @@ class Place:
 
     def binarize(self, dtype: torch.dtype = torch.float32, model: str | None = None, **options: object) -> None:
         """A run that must be over before the first forward pass, if it ends with an error."""
-        chosen = {"dataset": token_samples(), "iterations": 1, "num_samples": 4, "sequence_length": 32} | options
+        chosen = {
+            "dataset": token_samples(length=32),
+            "iterations": 1,
+            "num_samples": 4,
+            "sequence_length": 32,
+        } | options
         AutoModelForCausalLM.from_pretrained(model or self.model, quantization_config=ArbConfig(**chosen), dtype=dtype)
 
     def without_pass(self, **options: object) -> None:
@@ -105,7 +110,7 @@ TABLE: dict[str, Row] = {
     ),
     "tokenizer of another model": (
         lambda p: p.without_pass(dataset=["x1 x2 x3 " * 100], tokenizer=p.of_another_vocabulary()), ArbCalibrationError,
-        "calibration sample 0 has token 131, the model's vocabulary has 128: is this the model's own tokenizer?",
+        "calibration sample 0 has token 131, the model's vocabulary has 128: use the model's own tokenizer",
     ),
     "tokenizer that is none": (
         lambda p: p.without_pass(**TEXT, tokenizer=3), ValueError,
@@ -132,7 +137,7 @@ TABLE: dict[str, Row] = {
     ),
     "tokens outside the vocabulary": (
         lambda p: p.without_pass(dataset=[torch.arange(200)]), ArbCalibrationError,
-        "calibration sample 0 has token 199, the model's vocabulary has 128: is this the model's own tokenizer?",
+        "calibration sample 0 has token 199, the model's vocabulary has 128: use the model's own tokenizer",
     ),
     "a file that does not exist": (
         lambda p: p.without_pass(dataset="texts.txt"), ArbCalibrationError, "the text file texts.txt does not exist",
@@ -219,8 +224,8 @@ TABLE: dict[str, Row] = {
     ),
     "a checkpoint folder that cannot be written": (
         lambda p: p.without_pass(checkpoint_dir="/proc/kept"), ArbCalibrationError,
-        "checkpoint_dir /proc/kept: the folder could not be written (No such file or directory). Layers stored before "
-        "are whole: mend the disk and run the same command again to continue",
+        "checkpoint_dir /proc/kept: the folder could not be written (No such file or directory). Layers stored before are "
+        "whole: repair or free the disk, then run the same command again to continue",
     ),
     "an output folder with a model in it": (
         lambda p: p.command("quantize", p.model, p.model), SystemExit, "2",

@@ -69,7 +69,7 @@ def test_report_summary_and_bits_agree(packed, tmp_path):
 def test_calibration_reduces_the_loss_of_outputs(tiny_model):
     """Later layers see the binarized prefix, and the whole model stays nearer to the original than without data."""
     dense = AutoModelForCausalLM.from_pretrained(tiny_model)(IDS).logits
-    worse = binarize(tiny_model, method="billm")(IDS).logits
+    worse = binarize(tiny_model, method="billm", iterations=15)(IDS).logits
     better = binarize(tiny_model, method="arb-rc")(IDS).logits
     assert (better - dense).square().mean() < (worse - dense).square().mean()
 

@@ -1,4 +1,4 @@
-"""What each decoder layer is called with: hidden states and arguments, captured in one pass over what precedes them."""
+"""The hidden states and arguments that decoder layers are called with, captured in one pass over what precedes them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class CapturedBatch:
 
 
 class _Captured(Exception):
-    """The last decoder layer was reached; the head need not run."""
+    """Raised when the last decoder layer is reached; the head need not run."""
 
 
 def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> Iterator[CapturedBatch]:
-    """Run everything before the decoder layers once per batch and give what each layer is called with.
+    """Run what precedes the decoder layers once per batch and yield the arguments of each layer.
 
     The layers themselves are passed over; the first of each class runs once, to see what it returns. Layers that the
     model does not call on text (cross-attention to images) have no entry in ``arguments``.
@@ -81,7 +81,7 @@ class _Recorder:
         args, kwargs, states = _split_hidden(layer, args, kwargs)
         if index in self.arguments:
             raise ArbCalibrationError(
-                f"{self.model} calls decoder layer {index} several times in one pass: unsupported"
+                f"{self.model} calls decoder layer {index} several times in one pass, which is not supported"
             )
         if self.hidden is None:
             self.hidden = states

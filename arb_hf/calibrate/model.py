@@ -1,4 +1,4 @@
-"""A whole run: what can refuse it, the inputs of the first decoder layer, then one layer after the other."""
+"""A whole run: checks that can refuse it, the inputs of the first decoder layer, then one layer after the other."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ def binarize_model(
     wanted = [each.name for each in run.coverage.matrices if each.kept is None]
     unused = [name for name in wanted if name not in config.modules]
     if unused:
-        logger.warning("kept, because their models never called them: %s", ", ".join(unused))
+        logger.warning("kept in full precision, because the model never called them: %s", ", ".join(unused))
     report.coverage = run.coverage.keeping(unused, "its model does not call it")
     return report
 
 
 def _layer_after_layer(run: Run, called: list[int], report: ArbReport) -> None:
-    """Binarize those layers in their order; what was done goes into the report, how far it is to the log."""
+    """Binarize those layers in their order; results go into the report, progress into the log."""
     with transformers_logging.tqdm(
         total=len(called), desc="Binarizing", unit="layer", disable=not run.processes.leads
     ) as bar:
@@ -118,7 +118,7 @@ def _layer_after_layer(run: Run, called: list[int], report: ArbReport) -> None:
 
 
 def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.ExitStack) -> tuple[Spool, list[Batch]]:
-    """Everything that can refuse a run: data, sizes, the folder of checkpoints. Then this process's share."""
+    """Check everything that can refuse a run (data, sizes, the folder of checkpoints), then take this process's share."""
     config, processes = run.config, run.processes
     everything = _load_data(run.model, config)
     batches = processes.share(everything)
@@ -140,10 +140,10 @@ def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.Exi
 
 
 def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[int]:
-    """The decoder layers to tune: those with matrices refined by "full" and without experts.
+    """Indices of the decoder layers to tune: those with matrices refined by "full" and without experts.
 
     Args:
-        batches: of the process that has the fewest; one of them is held out.
+        batches: number of batches of the process that has the fewest; one of them is held out.
     """
     if not run.config.tune_steps:
         return frozenset()
@@ -151,7 +151,7 @@ def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[in
     left_out = {index for index in full if has_experts(run.layers[index])}
     if left_out:
         logger.warning(
-            "%d of %d decoder layers are not tuned: which experts a token goes to is no matter of gradients",
+            "%d of %d decoder layers are not tuned: routing tokens to experts has no gradient",
             len(left_out),
             len(full),
         )
@@ -165,7 +165,7 @@ def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[in
 
 
 def _surroundings(run: Run, report: ArbReport) -> dict[str, Any]:
-    """What else than model, data and options decides the last bits: versions, hardware, threads, processes."""
+    """What decides the last bits besides model, data and options: versions, hardware, threads, processes."""
     device = run.device.type if run.device.type == "cpu" else torch.cuda.get_device_name(run.device)
     machine = {
         "device": device,

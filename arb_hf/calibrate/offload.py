@@ -118,7 +118,7 @@ def _device(device: Any) -> torch.device:
 
 
 def fetch(module: nn.Module) -> None:
-    """Give a module's own parameters back what accelerate keeps of them on disk, and take its hook off."""
+    """Load a module's own parameters from where accelerate keeps them on disk, and remove its hook."""
     for hook in _offload_hooks(module):
         for name, tensor in list(named_module_tensors(module, include_buffers=hook.offload_buffers)):
             if tensor.device.type == "meta" and name in hook.weights_map:
@@ -205,7 +205,7 @@ def keep_stored_types(model: nn.Module) -> None:
 
 @contextmanager
 def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """A decoder layer on the execution device; what it has become goes back to the CPU."""
+    """Bring a decoder layer to the execution device, and its binary form back to the CPU."""
     fetch_layer(layer)
     if device.type == "cpu":
         yield

@@ -1,4 +1,4 @@
-"""What a run will take, worked out and checked before the first forward pass."""
+"""The memory and disk space that a run needs, computed and checked before the first forward pass."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def make_plan(
 
 
 def check_plan(plan: Plan, config: ArbConfig, finished: float, processes: int, device: torch.device) -> None:
-    """Say what the run takes, and refuse what cannot work.
+    """Log what the run needs, and refuse one that cannot work.
 
     Args:
         finished: the share of the decoder layers that is stored already.
@@ -155,7 +155,7 @@ def spool_folder(config: ArbConfig) -> str:
 
 
 def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
-    """At most: with every salient column that the options allow."""
+    """Upper bound: with every salient column that the options allow."""
     options = config.options(matrix.name)
     starts = range(0, matrix.in_features, options.block_size)
     widths = [min(options.block_size, matrix.in_features - start) for start in starts]

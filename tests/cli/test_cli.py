@@ -54,7 +54,7 @@ def packed(here):
 
 @pytest.fixture(scope="module")
 def other(here):
-    assert quantize(here, "other", "--method", "billm", "--no-column-group-bitmap") == 0
+    assert quantize(here, "other", "--method", "billm", "--iterations", "15", "--no-column-group-bitmap") == 0
     return here / "other"
 
 
