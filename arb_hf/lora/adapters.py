@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,9 +56,10 @@ def add_lora(model: PreTrainedModel | PeftModel, adapter_name: str = "default", 
         ValueError: as by :func:`lora_config`.
     """
     config = lora_config(model, **options)
-    if not isinstance(model, PeftModel):
-        return get_peft_model(model, config, adapter_name)
-    model.add_adapter(adapter_name, config)
+    with _patterns_checked():
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter_name)
+        model.add_adapter(adapter_name, config)
     return model
 
 
@@ -79,34 +83,45 @@ def load_lora(
             has no place for, or lacks some. The model is then as it was.
     """
     require_frozen(model)
-    path = os.fspath(path)
+    path, several = os.fspath(path), isinstance(model, PeftModel)
+    config = _config(model.get_base_model() if isinstance(model, PeftModel) else model, path, kwargs)
+    adapted: Any = model
+    with _patterns_checked():
+        if several:
+            config.inference_mode = not is_trainable
+            adapted.add_adapter(adapter_name, config)
+            adapted.load_adapter(path, adapter_name, is_trainable=is_trainable, **kwargs)
+        else:
+            adapted = PeftModel.from_pretrained(
+                adapted, path, adapter_name=adapter_name, config=config, is_trainable=is_trainable, **kwargs
+            )
+    wrong = _differences(adapted, path, adapter_name, kwargs)
+    if wrong:
+        adapted.delete_adapter(adapter_name) if several else adapted.unload()
+        raise ValueError(f"{path} does not fit this model: {wrong}. Was it trained for another one?")
+    return adapted
+
+
+def _config(model: nn.Module, path: str, kwargs: dict[str, Any]) -> LoraConfig:
+    """The config of a saved adapter, with the targets of this model if it is packed."""
     config = PeftConfig.from_pretrained(path, **kwargs)
     if config.peft_type != PeftType.LORA:
         cure = (
             "load it with peft.PeftModel.from_pretrained(model, path)"
             if config.is_prompt_learning
-            else "binary layers take LoRA only"
+            else "packed models take LoRA only; train it as that"
         )
-        raise ValueError(
-            f"{path} is not a LoRA adapter but {getattr(config.peft_type, 'value', config.peft_type)}: {cure}"
-        )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if binary_modules(base):
-        config = resolve(base, config)
-    if isinstance(model, PeftModel):
-        config.inference_mode = not is_trainable
-        model.add_adapter(adapter_name, config)
-        model.load_adapter(path, adapter_name, is_trainable=is_trainable, **kwargs)
-        adapted = model
-    else:
-        adapted = PeftModel.from_pretrained(
-            model, path, adapter_name=adapter_name, config=config, is_trainable=is_trainable, **kwargs
-        )
-    wrong = _differences(adapted, path, adapter_name, kwargs)
-    if wrong:
-        adapted.delete_adapter(adapter_name) if adapted is model else adapted.unload()
-        raise ValueError(f"{path} does not fit this model: {wrong}. Was it trained for another one?")
-    return adapted
+        raise ValueError(f"{path} is an adapter of type {str(config.peft_type).partition('.')[2]}, not LoRA: {cure}")
+    assert isinstance(config, LoraConfig)
+    return resolve(model, config) if binary_modules(model) else config
+
+
+@contextlib.contextmanager
+def _patterns_checked() -> Iterator[None]:
+    """PEFT looks for patterns of ranks among modules only; ours may be of parameters, and were checked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
 
 
 def _differences(model: PeftModel, path: str, adapter_name: str, kwargs: dict[str, Any]) -> str | None:
@@ -115,7 +130,7 @@ def _differences(model: PeftModel, path: str, adapter_name: str, kwargs: dict[st
     result: Any = set_peft_model_state_dict(model, stored, adapter_name)
     if result.unexpected_keys:
         return f"it has {len(result.unexpected_keys)} tensors of no use here, the first is {result.unexpected_keys[0]}"
-    missing = [key for key in result.missing_keys if ".lora_" in key and f".{adapter_name}" in key]
+    missing = [key for key in result.missing_keys if ".lora_" in key and f".{adapter_name}." in f"{key}."]
     return f"it lacks {len(missing)} tensors, the first is {missing[0]}" if missing else None
 
 

@@ -113,6 +113,21 @@ class LoraBinaryLinear(nn.Module, _Unmergeable):
         return weight, bias
 
 
+class ParamWrapper(LoraBinaryLinear):
+    """A binary layer that is a target by its parameter, ``NAME.weight``.
+
+    PEFT looks for a class of this name when a further adapter has the same target.
+    """
+
+    parameter_name = "weight"
+
+
+def adapt_linear(layer: nn.Module, adapter_name: str, parameter_name: str | None = None, **kwargs: Any) -> nn.Module:
+    """A binary layer with an adapter."""
+    kind = LoraBinaryLinear if parameter_name is None else ParamWrapper
+    return kind(layer, adapter_name, **kwargs)
+
+
 class ExpertFactors(nn.Module):
     """One of the two low-rank factors for each expert: ``weight [experts, rows, columns]``, stored as PEFT stores it.
 
@@ -191,16 +206,24 @@ class LoraBinaryStack(nn.Module, _Unmergeable):
         Raises:
             ValueError: the config is not :func:`arb_hf.lora.lora_config`'s, or has other projections as its targets.
         """
-        wanted = getattr(config, "stacks", {})
-        named = {each.rpartition(".")[2] for each in wanted if each.rpartition(".")[0] == target_name}
-        if named != set(self.stacks):
-            raise ValueError(
-                f"{target_name} has adapters of {sorted(self.stacks)}, and {adapter_name} is for {sorted(named)}: all "
-                "adapters of stacked experts must be for the same projections, made by arb_hf.lora.add_lora or load_lora"
-            )
+        self.require_same(target_name, config)
         for name, layer in self.stacks.items():
-            rank, alpha = wanted[f"{target_name}.{name}"]
+            rank, alpha = config.stacks[f"{target_name}.{name}"]  # type: ignore[attr-defined]
             layer.create(adapter_name, rank, alpha, config)
+
+    def require_same(self, target_name: str, config: LoraConfig) -> None:
+        """Make sure that a config for these experts, if it is, has the projections as its targets that have adapters.
+
+        Raises:
+            ValueError: it has others.
+        """
+        named = {each.rpartition(".")[2] for each in getattr(config, "stacks", {}) if _holder(each) == target_name}
+        if (named or not isinstance(config, PackedLoraConfig)) and named != set(self.stacks):
+            raise ValueError(
+                f"{target_name} has adapters of {' and '.join(self.stacks)}, the new one is for "
+                f"{' and '.join(sorted(named)) or 'none'}: all adapters of stacked experts must be for the same "
+                "projections, and come from arb_hf.lora.add_lora or load_lora"
+            )
 
     def create(self, adapter_name: str, rank: int, alpha: float, config: LoraConfig) -> None:
         """Add an adapter to this projection alone."""
@@ -272,6 +295,10 @@ class LoraBinaryStack(nn.Module, _Unmergeable):
         return result
 
 
+def _holder(stack: str) -> str:
+    return stack.rpartition(".")[0]
+
+
 def adapt_experts(
     experts: nn.Module, adapter_name: str, config: PackedLoraConfig, target_name: str = "", **kwargs: Any
 ) -> nn.Module:
@@ -285,4 +312,4 @@ def adapt_experts(
 
 
 # What PEFT calls for a target of each type.
-LAYERS: Any = {BinaryLinear: LoraBinaryLinear, BinaryExperts: adapt_experts}
+LAYERS: Any = {BinaryLinear: adapt_linear, BinaryExperts: adapt_experts}

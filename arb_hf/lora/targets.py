@@ -19,7 +19,7 @@ from ..names import kind_of
 from ..nn import BinaryExperts, BinaryLinear
 from ..nn.scaled import ScaledLinear
 from .config import PackedLoraConfig, check_options, pattern_of
-from .layers import LAYERS
+from .layers import LAYERS, LoraBinaryStack
 
 ALL = "all-linear"
 # Names of an expert's matrices in checkpoints of transformers 4, whose adapters and recipes are still about.
@@ -100,11 +100,20 @@ def resolve(model: nn.Module, given: LoraConfig) -> PackedLoraConfig:
     _check_names(wanted, model, places)
     linears = [*_linears(wanted, places, everything), *_by_weight(wanted, places.binary)]
     stacks, growth = _stacks(wanted, places)
+    if stacks and given.lora_bias:
+        raise ValueError(f"lora_bias is not possible for stacked experts, {stacks[0]}: leave it out, or leave them out")
     dense = _dense_parameters(wanted, model, places)
     if not linears and not stacks and not dense:
         raise ValueError(f"no module of this model is a target. {_called(places)}")
     ranks = _ranks(wanted, linears, stacks, growth)
-    return _spelled_out(given, linears, stacks, dense, ranks, _lost(linears, model))
+    config = _spelled_out(given, linears, stacks, dense, ranks, _lost(linears, model))
+    for name, module in model.named_modules():
+        if isinstance(module, LoraBinaryStack) and not name.endswith(".base_layer"):
+            module.require_same(name.replace(".base_layer", ""), config)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.quantization_config.know_adapters()
+    return config
 
 
 def _spelled_out(
@@ -218,15 +227,15 @@ def _check_names(wanted: LoraConfig, model: nn.Module, places: Places) -> None:
     stacks = [f"{holder}.{each}" for holder, experts in places.experts.items() for each in experts.stacks.names]
     modules = [*places.modules, *places.matrices(), *stacks, *former]
     parameters = [*(name.replace(".base_layer", "") for name, _ in model.named_parameters()), *stacks]
-    for option, known in (
-        ("target_modules", modules),
-        ("exclude_modules", modules),
-        ("target_parameters", parameters),
+    for option, kind, known in (
+        ("target_modules", "module", modules),
+        ("exclude_modules", "module", modules),
+        ("target_parameters", "parameter", parameters),
     ):
         given = getattr(wanted, option) or ()
         for target in () if isinstance(given, str) else sorted(given):
             if not any(_is_called(name, target) for name in known):
-                raise ValueError(f"{option}: no {option[7:-1]} of this model is called {target}. {_called(places)}")
+                raise ValueError(f"{option}: no {kind} of this model is called {target}. {_called(places)}")
 
 
 def _called(places: Places) -> str:
@@ -235,7 +244,7 @@ def _called(places: Places) -> str:
 
 def _check_modules_to_save(config: LoraConfig, places: Places) -> None:
     for module in config.modules_to_save or ():
-        packed = [name for name in [*places.binary, *places.experts] if f".{module}." in f".{name}."]
+        packed = [name for name in places.matrices() if f".{module}." in f".{name}."]
         if packed:
             raise ValueError(
                 f"modules_to_save: {module} would train a copy of {packed[0]}, which is packed and has no gradients; "
@@ -251,7 +260,7 @@ def _ranks(
     Raises:
         ValueError: a pattern of ranks or alphas is for none of them.
     """
-    aliases = {name: [name] for name in linears}
+    aliases = {name: [name, f"{name}.weight"] for name in linears}
     for name in stacks:
         holder, _, projection = name.rpartition(".")
         former = [each for names in FORMER[projection] for each in names]
