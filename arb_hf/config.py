@@ -319,7 +319,7 @@ class ArbConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options ready for JSON. Data and tokenizers given as objects become None: they have no name to store."""
-        stored = {key: value for key, value in self.__dict__.items() if key not in SHARED}
+        stored = {key: value for key, value in self.__dict__.items() if key not in SHARED and not key.startswith("_")}
         stored = copy.deepcopy(stored)
         for key in SHARED:
             value = getattr(self, key)
@@ -340,6 +340,30 @@ class ArbConfig(QuantizationConfigMixin):
         if isinstance(stored.tokenizer, str) and os.path.isdir(stored.tokenizer):
             stored.tokenizer = None
         return stored
+
+    _adapters_known = False
+
+    def know_adapters(self) -> None:
+        """Say that the adapters to come are :mod:`arb_hf.lora`'s, which finds all layers of a packed model."""
+        self._adapters_known = True
+
+    @property
+    def get_apply_tensor_subclass(self) -> None:
+        """Nothing; PEFT asks a model's quantizer for this before it makes a layer with adapters, of any type.
+
+        So it is told here that it would leave out the packed layers, where ``"all-linear"`` finds only a few that are
+        dense.
+
+        Raises:
+            ValueError: the adapters come from PEFT alone.
+            AttributeError: they come from :mod:`arb_hf.lora`; PEFT then goes on.
+        """
+        if not self._adapters_known:
+            raise ValueError(
+                "PEFT alone does not know packed layers: put adapters on this model with arb_hf.lora.add_lora(model, "
+                "r=...), load them with arb_hf.lora.load_lora(model, path), or give PEFT arb_hf.lora.lora_config(model)"
+            )
+        raise AttributeError("get_apply_tensor_subclass")
 
     def __iter__(self):
         yield from self.to_dict().items()

@@ -9,7 +9,7 @@ place. :func:`find_stacks` recognizes such a module by its structure, :meth:`Bin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 UP_NAMES = ("gate_up_proj", "up_proj")
 DOWN_NAME = "down_proj"
+# What adapters add to a projection's output: of an expert, for its input ``[tokens, in]``; None for nothing.
+Added = Callable[[int, Tensor], Tensor | None]
+NOTHING: Mapping[str, Added] = {}
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,19 @@ class Expert(nn.Module):
         self.down_proj = second
         self.gate = gate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [tokens, hidden]`` -> ``[tokens, hidden]``."""
-        return self.down_proj(self.gate(self.get_submodule(self.up)(x)))
+    def forward(self, x: Tensor, number: int = 0, added: Mapping[str, Added] = NOTHING) -> Tensor:
+        """``x [tokens, hidden]`` -> ``[tokens, hidden]``.
+
+        Args:
+            number: which expert this is, for ``added``.
+            added: what to add to the output of a projection, by its name: a function of expert and input.
+        """
+        for name in (self.up, DOWN_NAME):
+            out = self.get_submodule(name)(x)
+            more = added[name](number, x) if name in added else None
+            out = out if more is None else out + more
+            x = self.gate(out) if name == self.up else out
+        return x
 
 
 class BinaryExperts(nn.Module):
@@ -140,14 +153,21 @@ class BinaryExperts(nn.Module):
         return [self.get_submodule(str(number)) for number in range(self.stacks.count)]  # type: ignore[misc]
 
     def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+        added: Mapping[str, Added] = NOTHING,
     ) -> Tensor:
         """``hidden_states [..., hidden]``, and the chosen experts and their weights ``[tokens, k]`` -> same shape.
 
         A batched module takes only ``hidden_states [experts * tokens, hidden]``, already scaled by the router.
+
+        Args:
+            added: what adapters add to the output of a projection, by its name.
         """
         if top_k_index is None or top_k_weights is None:
-            return self._batched(hidden_states)
+            return self._batched(hidden_states, added)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights = top_k_weights.reshape(-1, 1)
         out = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, weights.dtype))
@@ -157,28 +177,28 @@ class BinaryExperts(nn.Module):
         for number, slots in enumerate(order.split(counts)):
             if slots.numel():
                 tokens = slots // top_k_index.shape[-1]
-                out.index_add_(0, tokens, (self._expert(number, x[tokens]) * weights[slots]).to(out.dtype))
+                out.index_add_(0, tokens, (self._expert(number, x[tokens], added) * weights[slots]).to(out.dtype))
         return out.to(x.dtype).reshape(hidden_states.shape)
 
-    def _expert(self, number: int, x: Tensor) -> Tensor:
+    def _expert(self, number: int, x: Tensor, added: Mapping[str, Added]) -> Tensor:
         if number >= self.stacks.count:  # an expert that does nothing: LongCat's, or one that lives elsewhere
             return x if hasattr(self.fused, "identity_expert") else torch.zeros_like(x)
-        out = self.get_submodule(str(number))(x)
+        out = self.get_submodule(str(number))(x, number, added)
         norm: Any = getattr(self.fused, "post_expert_norm", None)
         return out if norm is None else norm(out)
 
-    def _batched(self, hidden_states: Tensor) -> Tensor:
+    def _batched(self, hidden_states: Tensor, added: Mapping[str, Added]) -> Tensor:
         x = hidden_states.reshape(self.stacks.count, -1, hidden_states.shape[-1])
         out = torch.zeros_like(x)
         for number in range(self.stacks.count):
             # The router scales a token by 0 for every expert that it does not go to, and 0 stays 0.
             tokens = x[number].any(-1).nonzero().squeeze(-1)
             if tokens.numel():
-                out[number, tokens] = self._expert(number, x[number, tokens])
+                out[number, tokens] = self._expert(number, x[number, tokens], added)
         return out.reshape(-1, x.shape[-1])
 
     def extra_repr(self) -> str:
-        return f"{self.stacks.count} experts"
+        return f"{self.stacks.count} experts, adapters: arb_hf.lora"
 
 
 def _linears(fused: nn.Module, name: str, stacks: Stacks) -> list[nn.Linear]:

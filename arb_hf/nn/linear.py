@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,11 @@ class BinaryLinear(nn.Module):
         self.form = form
         self.in_features, self.out_features = form.in_features, form.out_features
         self._matmul = BinaryMatmul(form)
+        self._scales: list[tuple[str, torch.dtype]] = []
         for name, (shape, stored) in form.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=stored, device=device)))
+            if stored.is_floating_point:
+                self._scales.append((name, stored))
         self.register_parameter(
             "bias", _frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -59,6 +63,7 @@ class BinaryLinear(nn.Module):
     @property
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name, bias apart."""
+        self._take_back_casts()
         return {name: getattr(self, name) for name in self.form.tensors()}
 
     def binary_weight(self) -> BinaryWeight:
@@ -67,6 +72,9 @@ class BinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` of any floating type -> ``[..., out_features]`` in that type."""
+        for name, stored in self._scales:
+            if self._parameters[name].dtype is not stored:  # type: ignore[union-attr]
+                self._take_back_casts()
         out = self._matmul(x, self._parameters)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -82,9 +90,26 @@ class BinaryLinear(nn.Module):
             self._parameters[name] = nn.Parameter(moved, requires_grad=scale.requires_grad)
         return self
 
+    def _take_back_casts(self) -> None:
+        """Give scales that were cast past :meth:`_apply` their stored type again.
+
+        ``peft.prepare_model_for_kbit_training`` assigns float32 to ``parameter.data``; from there and back, nothing is
+        rounded. Scales that want gradients are somebody's to train, and stay.
+        """
+        for name, stored in self._scales:
+            scale = self._parameters[name]
+            if scale is not None and scale.dtype is not stored and not scale.requires_grad:
+                scale.data = scale.data.to(stored)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._take_back_casts()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def extra_repr(self) -> str:
-        bits = self.form.bits_per_weight()
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {bits:.2f} bits"
+        """Sizes and bits; and the way to adapters, for PEFT quotes this where it does not know the layer."""
+        bits, bias = self.form.bits_per_weight(), self.bias is not None
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {bits:.2f} bits"
+        return f"{sizes}, adapters: arb_hf.lora"
 
 
 def binary_modules(model: nn.Module) -> dict[str, BinaryLinear]:
