@@ -30,7 +30,8 @@ from ..config import ArbConfig
 from ..export import export_dense, export_gguf
 from ..format.headers import REPORT_FILE, inspect_folder
 from ..hub.load import from_pretrained, load_report, require_there
-from ..hub.publish import push_folder, save_pretrained, write_card
+from ..hub.publish import push_folder
+from ..hub.save import save_pretrained, write_card
 from ..report import ArbReport, Measurement, plot_comparison
 from ..text import load_tokenizer
 
