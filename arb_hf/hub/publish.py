@@ -11,14 +11,13 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from ..errors import ArbUploadError
 from ..folders import UNFINISHED, variant_of, weight_patterns
 from .card import MARKER, model_card
 from .load import load_report
-from .save import README, metadata_of, save_pretrained, saving_options, write_card
+from .save import README, metadata_of, require_arguments, save_pretrained, write_card
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +52,7 @@ def push_to_hub(
         ArbUploadError: the upload failed; the folder with everything to push stays, and the message names it.
         ValueError: the model has no binary layers, or the Hub allows no such name.
     """
-    validate_repo_id(repo_id)
-    saving_options(kwargs)
+    require_arguments(repo_id, base_model, kwargs)
     folder = tempfile.mkdtemp(prefix="arb_hf-push-")
     try:
         save_pretrained(model, tokenizer, folder, repo_id, base_model, **kwargs)
@@ -80,7 +78,7 @@ def push_folder(
 
     The card is written anew, and a README that was edited by hand is kept: in the folder, and in the repository.
     """
-    validate_repo_id(repo_id)
+    require_arguments(repo_id, base_model, {})
     model_card(folder)  # refuses what is not a packed model, before anything is created
     api = HfApi(token=token)
     try:

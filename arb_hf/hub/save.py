@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.modeling_utils import unwrap_model
@@ -32,7 +32,8 @@ REFUSED = {
     "push_to_hub": "call arb_hf.push_to_hub(model, tokenizer, repo_id)",
     "distributed_checkpoint": "packed models are not split over processes",
 }
-ACCEPTED = ("max_shard_size", "variant", "is_main_process", "save_original_format", "save_peft_format", "token")
+UNUSED = {"safe_serialization": True}  # the values that say what is done anyhow; False for the others
+ACCEPTED = ("max_shard_size", "variant", "is_main_process", "save_original_format")
 
 
 def save_pretrained(
@@ -62,9 +63,8 @@ def save_pretrained(
         OSError: ``folder`` cannot be written.
     """
     model = unwrap_model(model)  # torch.compile's, DistributedDataParallel's
-    options = saving_options(kwargs)
-    if repo_id is not None:
-        validate_repo_id(repo_id)
+    require_arguments(repo_id, base_model, kwargs)
+    options = {name: value for name, value in kwargs.items() if name in ACCEPTED}
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ValueError(f"tokenizer is a {type(tokenizer).__name__}: pass the tokenizer itself, or None")
     _require_packed(model, folder)
@@ -102,37 +102,35 @@ def _require_packed(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         )
 
 
-def saving_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for ``model.save_pretrained``, checked before any work is done for them.
+def require_arguments(repo_id: str | None, base_model: str | None, options: dict[str, Any]) -> None:
+    """Refuse arguments of saving that make no sense or have no effect, before any work is done.
+
+    Args:
+        repo_id, base_model: as for :func:`save_pretrained`.
+        options: the further arguments.
 
     Raises:
         TypeError: there is no such argument.
-        ValueError: it has no effect on a packed model, or its value makes no sense.
+        ValueError: one has no effect on a packed model, or its value makes no sense.
     """
+    for name, value in (("repo_id", repo_id), ("base_model", base_model)):
+        if value is not None:
+            try:
+                validate_repo_id(value)
+            except HFValidationError as error:
+                raise ValueError(f"{name}={value!r} is no name on the Hub: {error}") from error
     for name, value in options.items():
-        if name in REFUSED and value not in (None, name == "safe_serialization"):
+        if name in REFUSED and value is not None and value != UNUSED.get(name, False):
             raise ValueError(f"{name}={value!r:.40} is not possible: {REFUSED[name]}")
         if name not in REFUSED and name not in ACCEPTED:
             raise TypeError(f"save_pretrained has no argument {name!r}")
-    if "max_shard_size" in options:
-        require_size(options["max_shard_size"])
+    size = options.get("max_shard_size", 1)
+    written = isinstance(size, str) and re.fullmatch(r"\s*0*[1-9]\d*(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE)
+    if not written and not (type(size) is int and size > 0):
+        raise ValueError(f"max_shard_size={size!r} is no size: pass bytes, or a string like '5GB' (KB, MB, GB, TB)")
     variant = options.get("variant")
     if variant is not None and not re.fullmatch(r"\w[\w-]*", str(variant)):
-        raise ValueError(f"variant={variant!r} is no part of a file's name: letters, digits, - and _")
-    return {name: value for name, value in options.items() if name in ACCEPTED and name != "token"}
-
-
-def require_size(size: Any) -> None:
-    """Make sure that ``max_shard_size`` is a size.
-
-    Raises:
-        ValueError: it is neither bytes nor a string like ``"5GB"``.
-    """
-    if isinstance(size, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE):
-        return
-    if type(size) is int and size > 0:
-        return
-    raise ValueError(f"max_shard_size={size!r} is no size: pass bytes, or a string like '5GB' (KB, MB, GB, TB)")
+        raise ValueError(f"variant={variant!r} cannot be a part of a file's name: use letters, digits, - and _")
 
 
 def write_card(

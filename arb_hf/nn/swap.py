@@ -81,8 +81,11 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool((one.float() - other.float()).norm() <= 16 * torch.finfo(other.dtype).eps * scale + 1e-30)
 
 
-def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """In place: back to dense ``nn.Linear`` layers in the model's dtype, for export or comparison; returns it.
+def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """In place: back to dense ``nn.Linear`` layers, for export or comparison; returns the model.
+
+    Args:
+        dtype: type of the dense weights; by default the model's.
 
     Layers that accelerate keeps on disk or in memory are fetched, and the dense model goes where the packed one was.
 
@@ -91,7 +94,8 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """
     require_plain(model)
     quantizer = getattr(model, "hf_quantizer", None)
-    return replace_by_dense(model, model.dtype) if quantizer is None else quantizer.dequantize(model, dtype=model.dtype)
+    dtype = dtype or model.dtype
+    return replace_by_dense(model, dtype) if quantizer is None else quantizer.dequantize(model, dtype=dtype)
 
 
 def require_plain(model: nn.Module) -> None:
