@@ -34,7 +34,8 @@ from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbCalibrationError, ArbFormatError, ArbUploadError
 from .format.weight import BinaryWeight
 from .hub.load import from_pretrained, load_report
-from .hub.publish import push_folder, push_to_hub, save_pretrained
+from .hub.publish import push_folder, push_to_hub
+from .hub.save import save_pretrained
 from .nn.swap import dequantize
 from .quantizer import ArbHfQuantizer
 from .report import ArbReport

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
+from ..nn.offloaded import stored_tensors
 from .batches import Batch
-from .offload import stored_tensors
 
 logger = logging.getLogger(__name__)
 VERSION = 1

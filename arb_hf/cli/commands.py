@@ -28,9 +28,12 @@ from .. import evaluate as evaluation
 from ..bits import bits_per_weight, summary
 from ..config import ArbConfig
 from ..export import export_dense, export_gguf
+from ..export.gguf import require_gguf
+from ..folders import require_place
 from ..format.headers import REPORT_FILE, inspect_folder
 from ..hub.load import from_pretrained, load_report, require_there
-from ..hub.publish import push_folder, save_pretrained, write_card
+from ..hub.publish import push_folder
+from ..hub.save import require_arguments, save_pretrained, write_card
 from ..report import ArbReport, Measurement, plot_comparison
 from ..text import load_tokenizer
 
@@ -52,6 +55,10 @@ def quantize(args: argparse.Namespace) -> Said:
     dtype, out = _dtype(args), Path(args.out)
     try:
         config = ArbConfig(**options)
+    except ValueError as error:
+        args.usage_error(str(error))
+    try:
+        require_arguments(None, args.base_model, {"max_shard_size": args.max_shard_size})
     except ValueError as error:
         args.usage_error(str(error))
     _refuse_existing(args, out)
@@ -90,6 +97,7 @@ def evaluate(args: argparse.Namespace) -> Said:
         args.usage_error("nothing to measure: pass --text or --items")
     if args.save and not os.path.isfile(os.path.join(args.model, REPORT_FILE)):
         args.usage_error(f"--save keeps figures in {REPORT_FILE} of a folder written by arb_hf; {args.model} has none")
+    report = ArbReport.from_json(os.path.join(args.model, REPORT_FILE)) if args.save else None
     measured, dtype = _measure(args.model, dtype, args)
     if args.baseline:
         originals, _ = _measure(args.baseline, dtype, args)
@@ -97,8 +105,7 @@ def evaluate(args: argparse.Namespace) -> Said:
             Measurement(each.metric, each.data, each.protocol, each.value, original.value)
             for each, original in zip(measured, originals, strict=True)
         ]
-    if args.save:
-        report = ArbReport.from_json(os.path.join(args.model, REPORT_FILE))
+    if report is not None:
         for each in measured:
             report.add(each)
         report.to_json(os.path.join(args.model, REPORT_FILE))
@@ -109,6 +116,8 @@ def evaluate(args: argparse.Namespace) -> Said:
 def compare(args: argparse.Namespace) -> Said:
     """``arb-hf compare``: bits, sizes, output errors by kind of layer, and what was measured of both."""
     names = (args.a, args.b)
+    if args.plot:
+        _refuse_plot(args)
     summaries = [inspect_folder(name) for name in names]
     for name, each in zip(names, summaries, strict=True):
         if each["bits_per_weight"] is None:
@@ -139,6 +148,20 @@ def compare(args: argparse.Namespace) -> Said:
     return {"models": list(names), "rows": [list(row) for row in rows]}, "\n".join(cells)
 
 
+def _refuse_plot(args: argparse.Namespace) -> None:
+    """Refuse a plot that cannot be drawn, before anything is read for it."""
+    from matplotlib.figure import Figure  # an extra of the package; the error says its name
+
+    known = Figure().canvas.get_supported_filetypes()
+    suffix = Path(args.plot).suffix.removeprefix(".")
+    if suffix.lower() not in known:
+        args.usage_error(
+            f"--plot {args.plot}: end the name with one of {', '.join(f'.{each}' for each in sorted(known))}"
+        )
+    if not Path(args.plot).absolute().parent.is_dir():
+        args.usage_error(f"--plot {args.plot}: there is no such folder")
+
+
 def _reports(names: Sequence[str], reports: Sequence[ArbReport | None]) -> list[ArbReport]:
     """All the reports, or an error that names the model without one."""
     for name, report in zip(names, reports, strict=True):
@@ -164,15 +187,26 @@ def push(args: argparse.Namespace) -> Said:
 
 def export(args: argparse.Namespace) -> Said:
     """``arb-hf export``: says what is lost. A folder that holds a model is not written to."""
+    for option, format in (("dtype", "dense"), ("type", "gguf"), ("pre_tokenizer", "gguf")):
+        if getattr(args, option) is not None and args.to != format:
+            args.usage_error(f"--{option.replace('_', '-')} has no effect with --to {args.to}: it is for {format}")
+    out, dense = Path(args.out), args.to == "dense"
+    args.dtype = args.dtype or "bfloat16"
     dtype = _dtype(args)
-    _refuse_existing(args, Path(args.out))
-    with _naming(args.model):
-        model = from_pretrained(args.model, dtype=torch.float32)
-    tokenizer = _tokenizer(args.model)
-    if args.to == "dense":
-        result = export_dense(model, tokenizer, args.out, dtype)
-    else:
-        result = export_gguf(model, _need(tokenizer, args.model), args.out, args.type, args.pre_tokenizer)
+    _refuse_existing(args, out)
+    if not dense:
+        require_gguf()
+        if out.is_dir():
+            args.usage_error(f"{out} is a folder: a GGUF model is one file, name it")
+    with _writable(out if dense else out.absolute().parent, ""):
+        with _naming(args.model):
+            model = from_pretrained(args.model, dtype=torch.float32)
+        tokenizer = _tokenizer(args.model)
+        if dense:
+            result = export_dense(model, tokenizer, out, dtype)
+        else:
+            tokenizer = _need(tokenizer, args.model)
+            result = export_gguf(model, tokenizer, out, args.type or "auto", args.pre_tokenizer)
     return vars(result), str(result)
 
 
@@ -227,6 +261,10 @@ def _refuse_existing(args: argparse.Namespace, out: Path) -> None:
         args.usage_error(f"{out} holds a model already; name another folder, or remove it")
     if out.is_file():
         args.usage_error(f"{out} is a file already; name another, or remove it")
+    try:
+        require_place(out)
+    except ValueError as error:
+        args.usage_error(str(error))
 
 
 def _load(model: str, dtype: Any, device_map: str | None, **kwargs: Any) -> PreTrainedModel:

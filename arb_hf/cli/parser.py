@@ -176,7 +176,7 @@ def _push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder of a packed model")
     parser.add_argument("repo_id", help="owner/name, or name")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--commit-message", help="of the one commit")
+    parser.add_argument("--commit-message", help="message of the commit")
     parser.add_argument("--revision", help="branch (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--base-model", help="name of the original on the Hub, for the model card")
@@ -186,12 +186,11 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="packed model: folder or name on the Hub")
     parser.add_argument("out", help="folder (dense) or file (gguf) to write")
     parser.add_argument("--to", choices=("dense", "gguf"), required=True, help="format")
-    parser.add_argument("--dtype", default="bfloat16", help="dense: of the weights (default: bfloat16)")
+    parser.add_argument("--dtype", help="dense: type of the weights, as for quantize (default: bfloat16)")
     parser.add_argument(
         "--type",
         choices=("auto", "q1_0", "f16", "f32"),
-        default="auto",
-        help="gguf: of the binary matrices. q1_0: llama.cpp's one bit and one scale per 128 weights, for models that have "
+        help="gguf: type of the binary matrices. q1_0: llama.cpp's one bit and one scale per 128 weights, for models that have "
         "that form exactly; auto: q1_0 where it is exact, else f16 (default: auto)",
     )
     parser.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name for the tokenizer's splitting")

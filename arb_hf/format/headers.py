@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..names import kind_of
 from . import WORD
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
 # Bits of a number of each type; a header may name others.
@@ -56,17 +57,20 @@ def _end(entry: Mapping[str, Any]) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order; those its index names if it has one.
+    """The safetensors files of a model folder, in order: those that loading reads.
 
     Raises:
         ArbFormatError: none, or the index names a file that is not there.
     """
     index = folder / INDEX
     if index.is_file():
-        files = [folder / name for name in shard_names(read_json(index))]
+        names = current_weights(shard_names(read_json(index)), lambda name: (folder / name).is_file())
+        files = [folder / name for name in names]
         for path in files:
             if not path.is_file():
                 raise ArbFormatError(f"{INDEX} names {path.name}, which is not in {folder}")
+    elif (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
     else:
         files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
         if not files:
@@ -74,6 +78,16 @@ def weight_files(folder: Path) -> list[Path]:
     for path in files:
         require_inside(path, folder)
     return files
+
+
+def current_weights(shards: Sequence[str], exists: Callable[[str], bool]) -> list[str]:
+    """The weight files of a folder with an index: its shards, or the single file beside an index that is left over.
+
+    transformers leaves a single file in place when it saves shards, and the index when it saves a single file; but
+    then it removes the shards. So whole shards are the later save.
+    """
+    leftover = not all(map(exists, shards)) and exists(SINGLE)
+    return [SINGLE] if leftover else list(shards)
 
 
 def shard_names(index: Mapping[str, Any]) -> list[str]:

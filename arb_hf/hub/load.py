@@ -17,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from ..checks import check_counts, read_entries
 from ..config import QUANT_METHOD, ArbConfig
 from ..errors import ArbFormatError
-from ..format.headers import INDEX, REPORT_FILE, read_json, shard_names
+from ..format.headers import INDEX, REPORT_FILE, SINGLE, current_weights, read_json, shard_names
 from ..names import is_hub_id
 from ..report import ArbReport
 
@@ -43,7 +43,12 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> PreTrainedMod
     trust = {"trust_remote_code": kwargs.setdefault("trust_remote_code", False)}
     config = _config(model_id, **hub_arguments, **trust)
     if "variant" not in kwargs:
-        check_counts(config.to_dict(), read_entries(_weight_files(model_id, **hub_arguments), model_id))
+        files = _weight_files(model_id, **hub_arguments)
+        check_counts(config.to_dict(), read_entries(files, model_id))
+        folder = os.path.dirname(files[0])
+        if os.path.isdir(model_id) and SINGLE not in map(os.path.basename, files) and SINGLE in os.listdir(folder):
+            config.transformers_weights = INDEX  # saved later than the single file, which transformers would prefer
+            kwargs.setdefault("config", config)
     _check_architecture(model_id, config, **trust)
     _check_generation(model_id, **hub_arguments)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model_id, output_loading_info=True, **kwargs)
@@ -92,7 +97,11 @@ def _weight_files(model_id: str | os.PathLike, **kwargs: Any) -> list[str]:
     """Paths of the safetensors files, from the folder or, downloaded once, the cache."""
     kwargs = {**kwargs, "_raise_exceptions_for_missing_entries": False}
     index = cached_file(model_id, INDEX, **kwargs)
-    names = ["model.safetensors"] if index is None else shard_names(read_json(Path(index)))
+    if index is None:
+        names = [SINGLE]
+    else:
+        shards = shard_names(read_json(Path(index)))
+        names = current_weights(shards, lambda name: cached_file(model_id, name, **kwargs) is not None)
     files = [cached_file(model_id, name, **kwargs) for name in names]
     for name, path in zip(names, files, strict=True):
         if path is None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import arb_hf
 from arb_hf.export import export_dense, export_gguf
-from arb_hf.export.gguf import LLAMA3, decode_q1_0, encode_q1_0, splitting, why_not_q1_0
+from arb_hf.export.gguf import decode_q1_0, encode_q1_0, why_not_q1_0
+from arb_hf.export.vocabulary import LLAMA3, splitting
 from arb_hf.format.form import BinaryForm
 from arb_hf.nn import BinaryLinear, binary_modules
 from helpers.byte_model import byte_tokenizer, byte_tokens, save_byte_model
