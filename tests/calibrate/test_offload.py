@@ -231,7 +231,7 @@ def test_layers_on_disk_are_not_saved_over_their_own_files(dense, tmp_path):
     tiny.binarize(dense).save_pretrained(tmp_path / "packed")
     device_map = LAYERS_ON_DISK | {"lm_head": "cpu"}
     model = arb_hf.from_pretrained(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload")
-    with pytest.raises(ValueError, match="on disk, in the files of .* itself: save it to another folder"):
+    with pytest.raises(ValueError, match=r"on disk, in the files of .* itself: save it to another folder"):
         arb_hf.save_pretrained(model, None, tmp_path / "packed")
     arb_hf.save_pretrained(model, None, tmp_path / "other", max_shard_size="40KB")
     assert torch.equal(arb_hf.from_pretrained(tmp_path / "other")(IDS).logits, model(IDS).logits)

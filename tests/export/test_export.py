@@ -369,7 +369,7 @@ def test_gguf_refuses_biases_that_llama_cpp_does_not_add(model, tmp_path, model_
 def test_gguf_refuses_arguments_that_make_no_sense(model, tmp_path):
     with pytest.raises(ValueError, match="type='q4_0' is not one of auto, q1_0, f16, f32"):
         export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", "q4_0")
-    with pytest.raises(ValueError, match="there is no folder .*nowhere for .*: make it first"):
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere for .*: make it first"):
         export_gguf(model, byte_tokenizer(), tmp_path / "nowhere" / "m.gguf")
     assert not list(tmp_path.iterdir())
 
