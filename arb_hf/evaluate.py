@@ -20,7 +20,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .text import read_text, tokenize
+from .architecture import forward_arguments, longest_sequence, vocabulary
+from .text import plain_tokenizer, read_text, tokenize
 
 LOSS_ROWS = 512  # positions whose float32 logits are held at a time: a large vocabulary would double the memory
 
@@ -57,7 +58,7 @@ def perplexity(
         bar = transformers_logging.tqdm(total=len(windows), desc="Perplexity", unit="window")
         for batch in windows.split(batch_size):
             ids = batch.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = _logits(model, ids)
             total += _losses(logits[:, :-1], ids[:, 1:]).double().sum().item()
             bar.update(len(batch))
         bar.close()
@@ -79,7 +80,7 @@ def evaluation_windows(
         raise ValueError(f"sequence_length={sequence_length}: a window needs two tokens, one to predict the other from")
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}: at least one window is needed, or None for all")
-    tokens = tokenizer_or_tokens
+    tokens = plain_tokenizer(tokenizer_or_tokens)
     if not isinstance(tokens, Tensor):
         tokens = tokenize(read_text(text, tokens, split="test"), tokens)
     if tokens.dim() == 1:
@@ -132,6 +133,7 @@ def multiple_choice(
     Raises:
         ValueError: no items, or one that has not this form.
     """
+    tokenizer = plain_tokenizer(tokenizer)
     rows = _read_items(items)[:max_items]
     if not rows:
         raise ValueError("there are no items to evaluate")
@@ -190,7 +192,7 @@ def _encode(tokenizer: Any, query: str, continuation: str) -> tuple[list[int], l
 
 def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], list[int]]]) -> list[float]:
     """Summed log-likelihood of each pair's second part given its first, in one forward pass, padded on the right."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_sequence(model)
     rows = [(context + continuation, len(continuation)) for context, continuation in pairs]
     if limit is not None:
         rows = [(tokens[-(limit + 1) :], count) for tokens, count in rows]
@@ -202,12 +204,27 @@ def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], li
         ids[index, : len(tokens)] = torch.tensor(tokens)
         mask[index, : len(tokens) - 1] = 1
     ids = ids.to(device)
-    logits = model(input_ids=ids[:, :-1], attention_mask=mask.to(device), use_cache=False).logits
+    logits = _logits(model, ids[:, :-1], attention_mask=mask.to(device))
     losses = _losses(logits, ids[:, 1:]).double().cpu()
     return [
         -losses[index, len(tokens) - 1 - count : len(tokens) - 1].sum().item()
         for index, (tokens, count) in enumerate(rows)
     ]
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Tensor) -> Tensor:
+    """Logits ``[batch, length, vocabulary]`` of tokens ``[batch, length]``."""
+    output = model(input_ids=ids, **forward_arguments(model, use_cache=False, **arguments))
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple):  # config.return_dict is False
+        logits = output[0]
+    size = vocabulary(model)
+    if logits is None or logits.dim() != 3 or (size is not None and logits.shape[-1] < size):
+        raise ValueError(
+            f"{type(model).__name__} gives no logits over its vocabulary, and only a language model can be measured: "
+            "load it with AutoModelForCausalLM"
+        )
+    return logits
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -226,14 +243,13 @@ def _stderr(share: float, count: int) -> float:
 
 
 def _check_windows(windows: Tensor, model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
     low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= config.vocab_size:
+    size, limit = vocabulary(model), longest_sequence(model)
+    if low < 0 or (size is not None and high >= size):
         raise ValueError(
-            f"token {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}: "
+            f"token {low if low < 0 else high} is outside the model's vocabulary of {size}: "
             "is this the model's own tokenizer?"
         )
-    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise ValueError(f"sequence_length={windows.shape[1]} is longer than the model takes ({limit} positions)")
 

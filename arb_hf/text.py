@@ -45,16 +45,22 @@ def read_text(data: Any, tokenizer: Any = None, split: str = "train") -> str:
     return text
 
 
-def load_tokenizer(name: str | os.PathLike) -> Any:
-    """The tokenizer of a name or folder.
+def load_tokenizer(name: str | os.PathLike, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a name or folder. Nothing asks on the terminal whether code that comes with it may run.
 
     Raises:
         OSError: there is none; transformers 5.0 makes an empty one then.
+        ValueError: it comes with code of its own, and ``trust_remote_code`` is False.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise OSError(f"{name} has no tokenizer: the one made for it knows special tokens only")
     return tokenizer
+
+
+def plain_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer within a processor, which would take text for a picture; a tokenizer as it is."""
+    return getattr(tokenizer, "tokenizer", None) or tokenizer
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:

@@ -28,7 +28,7 @@ class Batch:
 
 
 def load_batches(
-    config: ArbConfig, load_tokenizer: Callable[[], Any], vocabulary: int, max_length: int | None
+    config: ArbConfig, load_tokenizer: Callable[[], Any], vocabulary: int | None, max_length: int | None
 ) -> list[Batch]:
     """Calibration batches as ``config`` asks for.
 
@@ -38,7 +38,7 @@ def load_batches(
 
     Args:
         load_tokenizer: called only when text needs a tokenizer.
-        vocabulary: token ids must stay below this.
+        vocabulary: token ids must stay below this; None where the model does not say.
         max_length: the longest sequence the model takes, or None.
 
     Raises:
@@ -121,12 +121,12 @@ def _windows(text: str, tokenizer: Any, config: ArbConfig) -> list[Batch]:
     return [Batch(ids[None, start : start + length], None) for start in starts]
 
 
-def _check(samples: list[Batch], vocabulary: int, max_length: int | None) -> None:
+def _check(samples: list[Batch], vocabulary: int | None, max_length: int | None) -> None:
     if not samples:
         raise ArbCalibrationError("the calibration data are empty")
     for number, sample in enumerate(samples):
         low, high = int(sample.input_ids.min()), int(sample.input_ids.max())
-        if low < 0 or high >= vocabulary:
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
             raise ArbCalibrationError(
                 f"calibration sample {number} has token {low if low < 0 else high}, the model's vocabulary has "
                 f"{vocabulary}: is this the model's own tokenizer?"
