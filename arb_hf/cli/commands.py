@@ -19,24 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import evaluate as evaluation
-from ..auto import auto_class
 from ..bits import bits_per_weight, summary
 from ..config import ArbConfig
 from ..export import export_dense, export_gguf
 from ..format.headers import REPORT_FILE, inspect_folder
-from ..hub.card import PROCESSOR_FILES
-from ..hub.load import from_pretrained, load_report, require_there, require_trust
+from ..hub.load import from_pretrained, load_report
 from ..hub.publish import push_folder, save_pretrained, write_card
 from ..report import ArbReport, Measurement, plot_comparison
-from ..text import load_tokenizer
+from .loading import find_processor, find_tokenizer, load, naming, need, read_config, refuse_quantized
 
 logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,7 +40,7 @@ Said = tuple[dict[str, Any], str]
 
 
 def run(args: argparse.Namespace) -> Said:
-    """The command that was asked for."""
+    """Run the command that was asked for."""
     commands = {each.__name__: each for each in (quantize, evaluate, compare, push, export)}
     with _progress():
         return commands[args.command](args)
@@ -59,25 +55,25 @@ def quantize(args: argparse.Namespace) -> Said:
     except ValueError as error:
         args.usage_error(str(error))
     _refuse_existing(args, out)
-    _refuse_quantized(args.model, args.trust_remote_code)
+    refuse_quantized(args.model, args.trust_remote_code)
     with _writable(out, args.model):
         return _quantize(args, config, dtype, out)
 
 
 def _quantize(args: argparse.Namespace, config: ArbConfig, dtype: Any, out: Path) -> Said:
-    tokenizer = _tokenizer(args.model, args.trust_remote_code)
+    tokenizer = find_tokenizer(args.model, args.trust_remote_code)
+    processor = find_processor(args.model, tokenizer, args.trust_remote_code)
     if config.tokenizer is None:  # loaded once, and with its own code where that is trusted
         config.tokenizer = tokenizer
     windows = None
     if args.evaluate:
-        windows = _windows(_need(tokenizer, args.model), args.evaluate, args)
-        before = evaluation.perplexity(_load(args.model, dtype, args), windows)
-    model = _load(args.model, dtype, args, quantization_config=config)
+        windows = _windows(need(tokenizer, args.model), args.evaluate, args)
+        before = evaluation.perplexity(load(args.model, dtype, args), windows)
+    model = load(args.model, dtype, args, quantization_config=config)
     report: ArbReport = model.arb_report  # type: ignore[assignment]
     if windows is not None:
         report.add(_perplexity(model, windows, args.evaluate, before))
     if _first_process():
-        processor = _processor(args.model, tokenizer, args.trust_remote_code)
         save_pretrained(model, processor, out, base_model=args.base_model, max_shard_size=args.max_shard_size)
     result = {
         "folder": str(out),
@@ -114,7 +110,7 @@ def evaluate(args: argparse.Namespace) -> Said:
 
 
 def compare(args: argparse.Namespace) -> Said:
-    """``arb-hf compare``: bits, sizes, output errors by kind of layer, and what was measured of both."""
+    """``arb-hf compare``: bits, sizes, output errors by kind of layer, and what was measured of each."""
     names = (args.a, args.b)
     summaries = [inspect_folder(name) for name in names]
     for name, each in zip(names, summaries, strict=True):
@@ -155,7 +151,7 @@ def _reports(names: Sequence[str], reports: Sequence[ArbReport | None]) -> list[
 
 
 def push(args: argparse.Namespace) -> Said:
-    """``arb-hf push``."""
+    """``arb-hf push``: publish a folder."""
     commit = push_folder(
         args.folder,
         args.repo_id,
@@ -173,14 +169,14 @@ def export(args: argparse.Namespace) -> Said:
     """``arb-hf export``: says what is lost. A folder that holds a model is not written to."""
     dtype = _dtype(args)
     _refuse_existing(args, Path(args.out))
-    with _naming(args.model):
+    with naming(args.model):
         model = from_pretrained(args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
-    tokenizer = _tokenizer(args.model, args.trust_remote_code)
+    tokenizer = find_tokenizer(args.model, args.trust_remote_code)
     if args.to == "dense":
-        processor = _processor(args.model, tokenizer, args.trust_remote_code)
+        processor = find_processor(args.model, tokenizer, args.trust_remote_code)
         result = export_dense(model, processor, args.out, dtype)
     else:
-        result = export_gguf(model, _need(tokenizer, args.model), args.out, args.type, args.pre_tokenizer)
+        result = export_gguf(model, need(tokenizer, args.model), args.out, args.type, args.pre_tokenizer)
     return vars(result), str(result)
 
 
@@ -237,32 +233,6 @@ def _refuse_existing(args: argparse.Namespace, out: Path) -> None:
         args.usage_error(f"{out} is a file already; name another, or remove it")
 
 
-def _load(model: str, dtype: Any, args: argparse.Namespace, **kwargs: Any) -> PreTrainedModel:
-    """A dense or packed model, of the class that its config names."""
-    if args.device_map is not None:
-        kwargs["device_map"] = args.device_map
-    auto = getattr(transformers, auto_class(_config(model, args.trust_remote_code)))
-    with _naming(model):
-        return auto.from_pretrained(model, dtype=dtype, trust_remote_code=args.trust_remote_code, **kwargs)
-
-
-def _config(model: str, trusted: bool) -> dict[str, Any]:
-    """What ``config.json`` holds; refused if the model needs code of its own that is not trusted."""
-    with _naming(model):
-        config, _ = PreTrainedConfig.get_config_dict(model)
-    if not config:  # transformers gives an empty one where there is none
-        raise OSError(f"{model} has no config.json: it is no model")
-    require_trust(model, config, trusted)
-    return config
-
-
-def _refuse_quantized(model: str, trusted: bool) -> None:
-    quantization = _config(model, trusted).get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ValueError(f"{model} is quantized already (quant_method {method!r}): quantize its original")
-
-
 @contextmanager
 def _writable(out: Path, model: str) -> Iterator[None]:
     """Make the folder to write, before hours of work; it needs an eighth of the original at least, two bits of 16.
@@ -295,63 +265,16 @@ def _make_writable(out: Path, model: str) -> None:
         )
 
 
-@contextmanager
-def _naming(model: str) -> Iterator[None]:
-    """Errors of loading that name what was asked for: transformers' own do not always."""
-    require_there(model)
-    try:
-        yield
-    except OSError as error:
-        nor_here = "" if os.path.isdir(model) else f" (nor is there a folder {model} here)"
-        raise OSError(f"{model} does not load{nor_here}: {error}") from error
-
-
-def _tokenizer(model: str, trusted: bool) -> Any:
-    require_there(model)
-    try:
-        return load_tokenizer(model, trust_remote_code=trusted)
-    except Exception as error:  # a model may come without one
-        logger.warning("%s has no tokenizer that loads (%s)", model, _first_line(error))
-        return None
-
-
-def _processor(model: str, tokenizer: Any, trusted: bool) -> Any:
-    """What belongs beside the model's weights: its processor if it takes more than text, else the tokenizer."""
-    found = [cached_file(model, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES]
-    if not any(found):
-        return tokenizer
-    try:
-        return AutoProcessor.from_pretrained(model, trust_remote_code=trusted)
-    except Exception as error:  # it may need packages that text does not
-        logger.warning(
-            "the processor of %s does not load (%s): the tokenizer is written alone; copy %s yourself",
-            model,
-            _first_line(error),
-            " or ".join(PROCESSOR_FILES),
-        )
-        return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _need(tokenizer: Any, model: str) -> Any:
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer, and this needs one")
-    return tokenizer
-
-
 def _windows(tokenizer: Any, text: str, args: argparse.Namespace) -> torch.Tensor:
     return evaluation.evaluation_windows(tokenizer, text, args.eval_length, args.eval_windows)
 
 
 def _measure(name: str, dtype: Any, args: argparse.Namespace) -> tuple[list[Measurement], torch.dtype]:
     """What was asked for of a model, and the type it was measured in."""
-    _config(name, args.trust_remote_code)  # refuses what cannot be loaded, before anything else is
-    tokenizer = _need(_tokenizer(name, args.trust_remote_code), name)
+    read_config(name, args.trust_remote_code)  # refuses what cannot be loaded, before anything else is
+    tokenizer = need(find_tokenizer(name, args.trust_remote_code), name)
     windows = _windows(tokenizer, args.text, args) if args.text else None
-    model = _load(name, dtype, args)
+    model = load(name, dtype, args)
     found = [] if windows is None else [_perplexity(model, windows, args.text)]
     for path in args.items:
         accuracy = evaluation.multiple_choice(model, tokenizer, path, args.max_items)

@@ -1,4 +1,4 @@
-"""The model card: written from what a packed folder holds, so that it says nothing that is not so."""
+"""The model card: written from what a packed folder holds, so that it states only what is true of it."""
 
 from __future__ import annotations
 
@@ -196,6 +196,6 @@ def _figure(value: float | None) -> str:
 
 
 def written_by_us(card: str | os.PathLike) -> bool:
-    """Is this README absent, or a card that nobody edited by hand?"""
+    """Whether a README is absent, or a card of ours that nobody edited by hand."""
     path = Path(card)
     return not path.exists() or MARKER in path.read_text(encoding="utf-8", errors="replace")

@@ -93,10 +93,10 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> Any:
 
 
 def require_there(model_id: str | os.PathLike) -> None:
-    """A name that can only be a folder's must be one: the Hub's answer to it would mislead.
+    """Refuse a name that can only be a folder's and is none: the Hub's answer to it would mislead.
 
     Raises:
-        FileNotFoundError: it is not.
+        FileNotFoundError: there is no such folder.
     """
     name = str(model_id)
     if not os.path.isdir(name) and not is_hub_id(name) and not BARE_NAME.fullmatch(name):
@@ -111,7 +111,7 @@ def _read_config(model_id: str | os.PathLike, trust_remote_code: bool, **kwargs:
         return AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code, **kwargs)
     except (Untrusted, ArbFormatError):
         raise
-    except Exception as error:  # what a hostile file can do to its reader has no end of types
+    except Exception as error:  # reading a hostile file can raise any type
         if not os.path.isdir(model_id):
             raise  # not there, or the Hub's own errors
         raise ArbFormatError(f"{model_id}: config.json cannot be read ({_first_line(error)})") from error

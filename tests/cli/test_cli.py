@@ -99,7 +99,7 @@ def test_quantize_speaks_json_and_flags(other, here, capsys):
     ],
 )
 def test_wrong_options_end_with_2_before_anything_is_loaded(here, options, message, capsys, monkeypatch):
-    monkeypatch.setattr("arb_hf.cli.commands._load", None)
+    monkeypatch.setattr("arb_hf.cli.commands.load", None)
     with pytest.raises(SystemExit) as caught:
         quantize(here, "never", *options)
     assert caught.value.code == 2
