@@ -149,8 +149,12 @@ def check_stacks(model: nn.Module, entries: Entries) -> None:
             )
 
 
-def check_model(model: PreTrainedModel, entries: Entries) -> None:
+def check_model(model: PreTrainedModel, entries: Entries, new_head: bool = False) -> None:
     """Compare the headers of a checkpoint's files with what ``model``, still on the meta device, expects.
+
+    Args:
+        new_head: the model is of another class than the checkpoint: what it has outside its backbone, such as the head
+            of a classifier, need not be there, and transformers makes it anew.
 
     Raises:
         ArbFormatError: a tensor is missing, or of another shape or type; a packed tensor is surplus; the config asks
@@ -161,7 +165,7 @@ def check_model(model: PreTrainedModel, entries: Entries) -> None:
     for name, module in modules.items():
         for part, (shape, stored) in module.form.tensors().items():
             expected[f"{name}.{part}"] = shape, SAFETENSORS_TYPES[stored]
-    optional = _optional_names(model)
+    optional = _optional_names(model, new_head)
     for key, tensor in model.state_dict().items():
         if key not in expected and (key in entries or not optional(key)):
             expected[key] = tuple(tensor.shape), None if tensor.is_floating_point() else _type(tensor)
@@ -204,12 +208,18 @@ def _names(entries: Entries) -> str:
     return f"{first} and {len(others)} more" if others else first
 
 
-def _optional_names(model: PreTrainedModel) -> Any:
-    """Whether the model does without a tensor in its checkpoint: one tied to another, a buffer, or as its class says."""
+def _optional_names(model: PreTrainedModel, new_head: bool) -> Any:
+    """Whether the model does without a tensor in its checkpoint: tied, a buffer, of a new head, or as its class says."""
+    backbone = "" if model.base_model is model else f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     patterns = [re.compile(each) for each in model._keys_to_ignore_on_load_missing or ()]
     buffers = {name for name, _ in model.named_buffers()}
-    return lambda key: key in tied or key in buffers or any(each.search(key) for each in patterns)
+    return lambda key: (
+        key in tied
+        or key in buffers
+        or (new_head and not key.startswith(backbone))
+        or any(each.search(key) for each in patterns)
+    )
 
 
 def check_values(model: nn.Module, entries: Entries) -> None:

@@ -21,7 +21,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .text import leading_tokens, open_text
+from .architecture import forward_arguments, longest_sequence, vocabulary
+from .text import leading_tokens, open_text, plain_tokenizer
 from .text.files import JsonLines
 
 TEXT = "wikitext2"  # what is measured on by default
@@ -62,7 +63,7 @@ def perplexity(
         bar = transformers_logging.tqdm(total=len(windows), desc="Perplexity", unit="window")
         for batch in windows.split(batch_size):
             ids = batch.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = _logits(model, ids)
             total += _losses(logits[:, :-1], ids[:, 1:]).double().sum().item()
             bar.update(len(batch))
         bar.close()
@@ -84,7 +85,7 @@ def evaluation_windows(
         raise ValueError(f"sequence_length={sequence_length}: a window needs two tokens, one to predict the other from")
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}: at least one window is needed, or None for all")
-    tokens = tokenizer_or_tokens
+    tokens = plain_tokenizer(tokenizer_or_tokens)
     if isinstance(tokens, Tensor):
         _warn_of_idle_arguments(tokens, text, sequence_length)
     elif callable(tokens):
@@ -159,6 +160,7 @@ def multiple_choice(
     if max_items is not None and max_items < 1:
         raise ValueError(f"max_items={max_items}: at least one item is needed, or None for all")
     _require_batch(batch_size)
+    tokenizer = plain_tokenizer(tokenizer)
     rows = _read_items(items, max_items)
     if not rows:
         raise ValueError("there are no items to evaluate")
@@ -228,7 +230,7 @@ def _encode(tokenizer: Any, query: str, continuation: str) -> tuple[list[int], l
 
 def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], list[int]]]) -> list[float]:
     """Summed log-likelihood of each pair's second part given its first, in one forward pass, padded on the right."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_sequence(model)
     rows = [(context + continuation, len(continuation)) for context, continuation in pairs]
     if limit is not None:
         rows = [(tokens[-(limit + 1) :], count) for tokens, count in rows]
@@ -240,12 +242,27 @@ def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], li
         ids[index, : len(tokens)] = torch.tensor(tokens)
         mask[index, : len(tokens) - 1] = 1
     ids = ids.to(device)
-    logits = model(input_ids=ids[:, :-1], attention_mask=mask.to(device), use_cache=False).logits
+    logits = _logits(model, ids[:, :-1], attention_mask=mask.to(device))
     losses = _losses(logits, ids[:, 1:]).double().cpu()
     return [
         -losses[index, len(tokens) - 1 - count : len(tokens) - 1].sum().item()
         for index, (tokens, count) in enumerate(rows)
     ]
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Tensor) -> Tensor:
+    """Logits ``[batch, length, vocabulary]`` of tokens ``[batch, length]``."""
+    output = model(input_ids=ids, **forward_arguments(model, use_cache=False, **arguments))
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple):  # config.return_dict is False
+        logits = output[0]
+    size = vocabulary(model)
+    if logits is None or logits.dim() != 3 or (size is not None and logits.shape[-1] < size):
+        raise ValueError(
+            f"{type(model).__name__} gives no logits over its vocabulary, and only a language model can be measured: "
+            "load it with AutoModelForCausalLM"
+        )
+    return logits
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -264,14 +281,12 @@ def _stderr(share: float, count: int) -> float:
 
 
 def _check_windows(windows: Tensor, model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
     low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= config.vocab_size:
+    size, limit = vocabulary(model), longest_sequence(model)
+    if low < 0 or (size is not None and high >= size):
         raise ValueError(
-            f"token {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}: "
-            "use the model's own tokenizer"
+            f"token {low if low < 0 else high} is outside the model's vocabulary of {size}: use the model's own tokenizer"
         )
-    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise ValueError(f"sequence_length={windows.shape[1]} is longer than the model takes ({limit} positions)")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
+from .architecture import Prefix
 from .calibrate.model import binarize_model
 from .calibrate.offload import Placement, keep_stored_types, offload_folder
 from .checks import Entry, check_files, check_model, check_stacks, check_surplus, check_values, entries_of, read_entries
@@ -30,6 +33,7 @@ class ArbHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.placement = Placement()
         self.entries: dict[str, Entry] = {}
+        self.prefix = Prefix("", "", frozenset())
 
     def update_device_map(self, device_map: Any) -> Any:
         if self.pre_quantized:
@@ -43,21 +47,25 @@ class ArbHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         _refuse_split(model, torch.distributed.is_initialized() and getattr(model.config, "distributed_config", None))
         if not self.pre_quantized:
+            require_backbone(model, kwargs.get("checkpoint_files") or [])
             return
+        self.prefix = adapt_names(model, self.quantization_config)
         files = kwargs.get("checkpoint_files")
         if files:
             check_files(files)
-            self.entries = read_entries(files, model.name_or_path or "")
+            entries = read_entries(files, model.name_or_path or "")
+            self.entries = {self.prefix.renamed(name): entry for name, entry in entries.items()}
             check_stacks(model, self.entries)
         swap_in_binary_modules(model, self.quantization_config)
         if files:
-            check_model(model, self.entries)
+            check_model(model, self.entries, has_new_head(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         _refuse_split(model, getattr(model, "_tp_size", None))  # transformers 5.0 tells it no sooner
         if self.pre_quantized:
             check_values(model, self.entries)
             self.entries = {}  # they were for the checks
+            model._weight_conversions = []  # type: ignore[assignment]  # saved under the names that it has now
             keep_stored_types(model)
         else:
             config = self.quantization_config
@@ -77,8 +85,11 @@ class ArbHfQuantizer(HfQuantizer):
         self._has_experts = any(isinstance(module, BinaryExperts) for module in model.modules())
 
     def update_weight_conversions(self, weight_conversions: list, *args: Any, **kwargs: Any) -> list:
-        """A packed checkpoint has the model's own names: no merging of experts, no renaming."""
-        return [] if self.pre_quantized else weight_conversions
+        """A packed checkpoint has the model's own names, but for the prefix: no merging of experts, no renaming."""
+        if not self.pre_quantized:
+            return weight_conversions
+        stored = re.escape(self.prefix.stored)
+        return [WeightRenaming(rf"^{stored}", self.prefix.own)] if self.prefix.changes else []
 
     def update_parallel_plan(self, *args: Any, **kwargs: Any) -> None:
         """No plan for packed tensors: a model that is to be split is refused."""
@@ -199,6 +210,44 @@ def _refuse_split(model: PreTrainedModel, plan: Any) -> None:
         )
 
 
+def adapt_names(model: PreTrainedModel, config: ArbConfig) -> Prefix:
+    """In place: give the modules of ``config`` the names that they have in this class of model.
+
+    A checkpoint of ``LlamaForCausalLM`` has ``model.layers.0``, and ``LlamaModel`` calls it ``layers.0``.
+    """
+    prefix = Prefix.of(model, list(config.modules or ()))
+    if config.modules:
+        config.modules = {prefix.renamed(name): entry for name, entry in config.modules.items()}
+    return prefix
+
+
+def has_new_head(model: PreTrainedModel) -> bool:
+    """Whether the model is of another class than its checkpoint: then what is outside the backbone may be new."""
+    stored = model.config.architectures or []
+    return bool(stored) and type(model).__name__ not in stored
+
+
+def require_backbone(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse a class under which transformers does not find the backbone of a dense checkpoint: it would be random.
+
+    ``LlamaForQuestionAnswering`` is one: its backbone is ``transformer``, and that of other Llamas ``model``.
+
+    Raises:
+        ArbCalibrationError: the checkpoint has the backbone under another prefix than the model.
+    """
+    backbone: Any = model.base_model
+    own, usual = f"{model.base_model_prefix}.", f"{backbone.base_model_prefix}."
+    if backbone is model or own == usual or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    names = read_entries(files)
+    if any(name.startswith(usual) for name in names) and not any(name.startswith(own) for name in names):
+        raise ArbCalibrationError(
+            f"transformers does not load this checkpoint's weights into {type(model).__name__}, which expects {own}* where "
+            f"the files have {usual}*: binarize the checkpoint with AutoModelForCausalLM, save it, and load what was saved "
+            f"as {type(model).__name__}"
+        )
+
+
 def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
     """On a model still on the meta device, put an empty :class:`BinaryLinear` wherever the config says so.
 
@@ -213,6 +262,13 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
     for name in config.modules:
         if name not in linears:
             found = "a " + type(model.get_submodule(name)).__name__ if _has(model, name) else "no such module"
+            if has_new_head(model):
+                (saved, *_) = model.config.architectures or []
+                raise ArbFormatError(
+                    f"this model was saved from {saved}, and {type(model).__name__} has no linear "
+                    f"layer {name} to put its binary weights in: load it with arb_hf.from_pretrained, which takes the "
+                    "class that it was saved from"
+                )
             raise ArbFormatError(
                 f"config.json: quantization_config.modules names {name!r}: {found}, not a linear layer"
             )

@@ -56,7 +56,7 @@ class Place:
 
     def command(self, *argv: str) -> None:
         """``arb-hf``; what it prints as its error becomes one."""
-        self.patch.setattr("arb_hf.cli.commands._load", lambda *_, **__: pytest.fail("the model was loaded"))
+        self.patch.setattr("arb_hf.cli.commands.load", lambda *_, **__: pytest.fail("the model was loaded"))
         assert main([*argv, "--debug"]) == 0
 
     def without(self, package: str) -> None:

@@ -34,7 +34,7 @@ class Batch:
 
 
 def load_batches(
-    config: ArbConfig, load_tokenizer: Callable[[], Any], vocabulary: int, max_length: int | None
+    config: ArbConfig, load_tokenizer: Callable[[], Any], vocabulary: int | None, max_length: int | None
 ) -> list[Batch]:
     """Calibration batches as ``config`` asks for.
 
@@ -44,7 +44,7 @@ def load_batches(
 
     Args:
         load_tokenizer: loader of the tokenizer, called only when text needs one.
-        vocabulary: exclusive upper bound of token ids.
+        vocabulary: exclusive upper bound of token ids; None where the model does not say.
         max_length: the longest sequence the model takes, or None.
 
     Raises:
@@ -140,12 +140,12 @@ def _sample(ids: Any, mask: Any, where: str) -> Batch:
     return Batch(ids.to(torch.int64)[None], mask)
 
 
-def _check(samples: list[Batch], vocabulary: int, max_length: int | None) -> None:
+def _check(samples: list[Batch], vocabulary: int | None, max_length: int | None) -> None:
     if not samples:
         raise ArbCalibrationError("the calibration data are empty")
     for number, sample in enumerate(samples):
         low, high = int(sample.input_ids.min()), int(sample.input_ids.max())
-        if low < 0 or high >= vocabulary:
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
             raise ArbCalibrationError(
                 f"calibration sample {number} has token {low if low < 0 else high}, the model's vocabulary has "
                 f"{vocabulary}: use the model's own tokenizer"

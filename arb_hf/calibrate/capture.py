@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..architecture import forward_arguments, input_embeddings
 from ..errors import ArbCalibrationError
 from .batches import Batch
 
@@ -48,14 +49,15 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
         ArbCalibrationError: the model does more between its layers than hand on hidden states, so that they cannot be
             calibrated one after the other.
     """
-    device = next(model.get_input_embeddings().parameters()).device
+    device = next((input_embeddings(model) or model).parameters()).device
+    without_cache = forward_arguments(model, use_cache=False)
     recorder = _Recorder(model, layers)
     for batch in batches:
         recorder.start()
         with _replaced_forwards(layers, recorder):
             try:
-                mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-                model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+                mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask.to(device)}
+                model(input_ids=batch.input_ids.to(device), **mask, **without_cache)
             except _Captured:
                 pass
         if recorder.hidden is None:

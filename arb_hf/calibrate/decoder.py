@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..architecture import field, input_embeddings
+from ..auto import writes_text
 from ..config import ArbConfig
 from ..coverage import Coverage, Matrix
 from ..errors import ArbCalibrationError
@@ -40,16 +42,17 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Find the ``ModuleList`` of the decoder layers, and its name.
 
     The search starts next to the input embeddings, so that a vision tower's layers are not taken for those of the
-    language model. It takes the first list whose elements transformers must not split over devices or, failing that,
-    the list that holds the most weights.
+    language model, or at the whole model where it does not say which these are. It takes the first list whose elements
+    transformers must not split over devices or, failing that, the list that holds the most weights.
 
     Raises:
         ArbCalibrationError: the model is not a decoder-only language model, or has no such list.
     """
     _require_decoder(model)
     names = {module: name for name, module in model.named_modules()}
-    path = names.get(model.get_input_embeddings(), "").split(".")
-    for depth in range(len(path) - 1, -1, -1):
+    embeddings = input_embeddings(model)
+    path = [] if embeddings is None else names.get(embeddings, "").split(".")
+    for depth in range(max(len(path) - 1, 0), -1, -1):
         prefix = ".".join(path[:depth])
         root = model.get_submodule(prefix)
         lists = [each for each in root.modules() if isinstance(each, nn.ModuleList) and len(each)]
@@ -67,16 +70,17 @@ def _weights(module: nn.Module) -> int:
 
 def _require_decoder(model: PreTrainedModel) -> None:
     kind, advice = type(model).__name__, "arb_hf binarizes decoder-only (causal) language models"
-    config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ArbCalibrationError(f"{kind} is an encoder-decoder model; {advice}")
-    if not model.can_generate():
-        raise ArbCalibrationError(f"{kind} does not generate text; {advice}: load it with AutoModelForCausalLM")
+    flags = {getattr(module, "is_causal", None) for module in model.modules()} - {None}
+    # A classifier, or a model without a head: of a decoder, if its config makes a language model and it attends as one.
+    if not model.can_generate() and (flags == {False} or not writes_text(model.config.to_dict())):
+        raise ArbCalibrationError(f"{kind} does not generate text, and its backbone is no decoder's; {advice}")
     # GPT-NeoX's config says False too, but its attention is causal.
-    causal = any(getattr(module, "is_causal", None) is True for module in model.modules())
-    if getattr(config, "is_decoder", True) is False and not causal:
+    causal = True in flags
+    if field(model, "is_decoder", True) is False and not causal:
         raise ArbCalibrationError(f"{kind} is an encoder (config.is_decoder is False); {advice}")
-    if getattr(config, "add_cross_attention", False):
+    if field(model, "add_cross_attention", False):
         raise ArbCalibrationError(f"{kind} attends to an encoder (config.add_cross_attention); {advice}")
 
 

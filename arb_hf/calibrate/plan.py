@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..architecture import hidden_size
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
@@ -82,8 +83,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a run of which this process has ``batches``; ``tuned``: layers are tuned after they are binarized."""
     tokens = sum(batch.input_ids.numel() + 64 for batch in batches)
-    embedding = next(iter(model.get_input_embeddings().parameters()))
-    hidden = getattr(model.config.get_text_config(), "hidden_size", embedding.shape[-1])
+    hidden = hidden_size(model)
     followed = 2 if tuned else 1  # hidden states of the binarized model, and of the full-precision one
     activations = int(tokens * hidden * model.dtype.itemsize) * followed
     packed = sum(_packed_bytes(matrix, config) for matrix in matrices)

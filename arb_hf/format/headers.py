@@ -1,4 +1,4 @@
-"""A packed model's folder as its headers tell it: files, tensors, true bits. No tensor is read."""
+"""What the headers of a packed model's files say: tensors and true bits. No tensor is read."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def shard_names(index: Mapping[str, Any]) -> list[str]:
     """The files that an index names, in order.
 
     Raises:
-        ArbFormatError: it is no index, or names something else than files beside it.
+        ArbFormatError: it is not an index, or names anything but files beside it.
     """
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
@@ -102,7 +102,7 @@ def shard_names(index: Mapping[str, Any]) -> list[str]:
     for name in shards.values():
         plain = name.isprintable() and os.path.basename(name) == name and "\\" not in name and len(name) < 256
         if not plain or name in ("", ".", ".."):
-            raise ArbFormatError(f"{INDEX} names {name[:256]!r}, which is no file of the model's own folder")
+            raise ArbFormatError(f"{INDEX} names {name[:256]!r}, which is not a file in the model's own folder")
     return sorted(set(shards.values()))
 
 
@@ -221,7 +221,7 @@ def _report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Text without what would steer a terminal: names in files are a stranger's."""
+    """Text without the characters that control a terminal: anyone may have chosen the names in a file."""
     return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
 
 
@@ -253,7 +253,7 @@ def _bits(entry: Mapping[str, Any]) -> int:
 
 
 def _within(owner: str, modules: Any) -> bool:
-    """Is ``owner`` one of ``modules``, or inside one?"""
+    """Whether ``owner`` is one of ``modules``, or inside one."""
     while owner:
         if owner in modules:
             return True

@@ -13,7 +13,7 @@ A text of at most :data:`~arb_hf.text.tokens.SMALL` characters is read and token
 
 from .opening import NAMED, as_text, is_text_by_name, open_data, open_text, read_text
 from .sources import Rows, StringText, Text
-from .tokens import SMALL, leading_tokens, load_tokenizer, read, tokenize
+from .tokens import SMALL, leading_tokens, load_tokenizer, plain_tokenizer, read, tokenize
 
 __all__ = [
     "NAMED",
@@ -27,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "open_data",
     "open_text",
+    "plain_tokenizer",
     "read",
     "read_text",
     "tokenize",

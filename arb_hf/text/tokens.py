@@ -19,16 +19,22 @@ ENDLESS = 1 << 26  # characters of a stream that are read, at most, where all of
 MARGIN = 16  # tokens next to a cut, which may be other tokens than those of the uncut text
 
 
-def load_tokenizer(name: str | os.PathLike) -> Any:
-    """The tokenizer of a name or folder.
+def load_tokenizer(name: str | os.PathLike, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a name or folder. Nothing asks on the terminal whether code that comes with it may run.
 
     Raises:
         OSError: there is none; transformers 5.0 makes an empty one then.
+        ValueError: it comes with code of its own, and ``trust_remote_code`` is False.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise OSError(f"{name} has no tokenizer: the one made for it knows special tokens only")
     return tokenizer
+
+
+def plain_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer within a processor, which would take text for a picture; a tokenizer as it is."""
+    return getattr(tokenizer, "tokenizer", None) or tokenizer
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import arb_hf
 from arb_hf import native
@@ -21,6 +21,7 @@ from arb_hf.cli.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser
 from arb_hf.format import headers
 from arb_hf.report import ArbReport, TuneRecord
 from helpers.byte_model import save_byte_model
+from helpers.classes import save_own_model, save_vision_model
 from helpers.models import words
 from helpers.process import fresh_process
 
@@ -38,9 +39,9 @@ def here(tmp_path_factory):
     return folder
 
 
-def quantize(here, out, *options):
+def quantize(here, out, *options, of="dense"):
     return main(
-        ["quantize", str(here / "dense"), str(here / out), "--dataset", str(here / "text.txt"), "--num-samples", "4",
+        ["quantize", str(here / of), str(here / out), "--dataset", str(here / "text.txt"), "--num-samples", "4",
          "--sequence-length", "32", "--block-size", "32", "--iterations", "2", "--dtype", "float32", *options]
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ def test_quantize_speaks_json_and_flags(other, here, capsys):
     ],
 )
 def test_wrong_options_end_with_2_before_anything_is_loaded(here, options, message, capsys, monkeypatch):
-    monkeypatch.setattr("arb_hf.cli.commands._load", None)
+    monkeypatch.setattr("arb_hf.cli.commands.load", None)
     with pytest.raises(SystemExit) as caught:
         quantize(here, "never", *options)
     assert caught.value.code == 2
@@ -235,6 +236,38 @@ def test_inspect_agrees_with_the_loaded_model(packed, capsys):
 def test_inspect_of_methods_without_column_scales(other, capsys):
     model = arb_hf.from_pretrained(other)
     assert said(capsys, "inspect", other)["bits_per_weight"] == pytest.approx(arb_hf.bits_per_weight(model))
+
+
+def test_every_command_works_on_a_model_that_takes_pictures_too(here, capsys):
+    save_vision_model(here / "vision")
+    assert quantize(here, "vision-arb", of="vision") == 0
+    capsys.readouterr()
+    assert (here / "vision-arb" / "processor_config.json").exists()
+    assert "AutoModelForImageTextToText" in (here / "vision-arb" / "README.md").read_text()
+    measured = said(capsys, "evaluate", here / "vision-arb", "--text", here / "text.txt", "--eval-length", "32")
+    assert measured["measurements"][0]["value"] > 0
+    assert said(capsys, "inspect", here / "vision-arb")["missing"] == []
+    said(capsys, "export", here / "vision-arb", here / "vision-dense", "--to", "dense")
+    AutoModelForImageTextToText.from_pretrained(here / "vision-dense")
+    assert (here / "vision-dense" / "processor_config.json").exists()
+
+
+def test_code_of_a_models_own_runs_where_the_command_line_trusts_it(here, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    save_own_model(here / "own")
+    trust = "--trust-remote-code"
+    commands = [
+        ["evaluate", str(here / "own-arb"), "--text", str(here / "text.txt"), "--eval-length", "32"],
+        ["export", str(here / "own-arb"), str(here / "own-dense"), "--to", "dense"],
+    ]
+    assert quantize(here, "own-arb", of="own") == 1
+    assert "--trust-remote-code on the command line" in capsys.readouterr().err
+    assert quantize(here, "own-arb", trust, of="own") == 0
+    for command in commands:
+        assert main(command) == 1
+        assert "comes with code of its own" in capsys.readouterr().err
+        assert main([*command, trust]) == 0
+    assert main(["inspect", str(here / "own-arb")]) == 0  # needs no code
 
 
 def test_inspect_of_a_dense_model(here, capsys):
