@@ -32,8 +32,10 @@ OPTIONS = {"dataset": byte_tokens(), "num_samples": 4, "block_size": 32, "iterat
 
 
 def snippet(folder) -> str:
-    """The code in a folder's model card."""
-    return (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    """The code in a folder's model card, which calls the model by the folder's name, with the whole path in its place."""
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert f'"{folder.name}"' in code
+    return code.replace(f'"{folder.name}"', f'"{folder}"')
 
 
 def run(code: str, capsys) -> str:
@@ -56,7 +58,7 @@ def vision(tmp_path_factory):
     model = AutoModelForImageTextToText.from_pretrained(
         home / "dense", quantization_config=ArbConfig(**(OPTIONS | text))
     )
-    arb_hf.save_pretrained(model, processor, home / "packed", repo_id=str(home / "packed"))
+    arb_hf.save_pretrained(model, processor, home / "packed")
     return model, home / "packed"
 
 
@@ -68,7 +70,7 @@ def own(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(
         dense, trust_remote_code=True, quantization_config=ArbConfig(**OPTIONS)
     )
-    arb_hf.save_pretrained(model, byte_tokenizer(), home / "packed", repo_id=str(home / "packed"))
+    arb_hf.save_pretrained(model, byte_tokenizer(), home / "packed")
     return model, home / "packed"
 
 
@@ -108,7 +110,7 @@ def test_another_head_on_a_packed_model_is_new_and_the_rest_is_loaded(packed, tm
         assert torch.equal(model.base_model(IDS)[0], causal.model(IDS)[0])
     assert info["missing_keys"] == HEADS[auto]
     assert all(model.get_parameter(name).requires_grad for name in HEADS[auto])
-    arb_hf.save_pretrained(model, byte_tokenizer(), tmp_path / "again", repo_id=str(tmp_path / "again"))
+    arb_hf.save_pretrained(model, byte_tokenizer(), tmp_path / "again")
     again = arb_hf.from_pretrained(tmp_path / "again")
     assert type(again) is type(model)
     with torch.no_grad():
