@@ -13,6 +13,7 @@ Where things are, from the roof to the ground; a room imports from rooms below i
 ``calibrate``, ``checks``           a whole run, decoder layer after decoder layer; what a packed checkpoint must satisfy
 ``config``, ``report``, ``text``    the choices of a run, the record of it, and how text is read
 ``coverage``, ``overrides``         what is binarized and what is kept; options of single modules
+``architecture``, ``auto``          what a model's config and class say; which auto class makes it
 ``nn``                              binary modules, and how they take the places of a model's own
 ``binarize``                        the mathematics of one matrix: ``paper`` as published, ``full`` beyond it
 ``kernels``                         the binary matmul: one operator, one reference, a module per backend
@@ -34,7 +35,8 @@ from .config import QUANT_METHOD, ArbConfig
 from .errors import ArbCalibrationError, ArbFormatError, ArbUploadError
 from .format.weight import BinaryWeight
 from .hub.load import from_pretrained, load_report
-from .hub.publish import push_folder, push_to_hub, save_pretrained
+from .hub.publish import push_folder, push_to_hub
+from .hub.save import save_pretrained
 from .nn.swap import dequantize
 from .quantizer import ArbHfQuantizer
 from .report import ArbReport

@@ -1,7 +1,8 @@
-"""Checks of a packed checkpoint before anything uses it: a stranger wrote it.
+"""Validate a packed checkpoint before anything is built from it; its author is not trusted.
 
 Three passes. :func:`read_entries` looks at the files and their headers, :func:`check_model` compares those with the
-modules that the config asks for, both before a tensor is read; :func:`check_values` looks at what was read.
+modules that the config asks for, both before a tensor is read; :func:`check_values` looks at what was read. Saving runs
+the same checks on what it is about to write (:func:`entries_of`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from .errors import ArbFormatError
 from .format import WORD
 from .format.form import SCALES
-from .format.headers import require_inside
+from .format.headers import INDEX, SINGLE, current_weights, read_json, require_inside, shard_names
 from .format.packing import unpack_mask
 from .nn import BinaryLinear, binary_modules
 from .nn.experts import find_stacks
@@ -34,8 +36,12 @@ SAFETENSORS_TYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int16: "I16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
 }
-# A config may ask for so many layers and experts, or as many as there are tensors, and for so many bytes of buffers.
+# A config may ask for this many layers and experts, or as many as there are tensors, and this many bytes of buffers.
 FEW, SMALL = 1000, 1 << 28
 COUNT = re.compile(r"n(um)?_.*(layers?|experts?)")
 
@@ -77,6 +83,28 @@ def read_entries(files: Iterable[str | os.PathLike], model_id: str | os.PathLike
         except (SafetensorError, OSError) as error:
             raise ArbFormatError(f"{name}: not a readable safetensors file ({error})") from error
     return found
+
+
+def check_files(files: Iterable[str | os.PathLike]) -> None:
+    """Refuse the one weight file of a folder to which a later save has added shards: it is the older model's.
+
+    Raises:
+        ArbFormatError: it is so, and :func:`arb_hf.from_pretrained` would load the shards.
+    """
+    paths = [Path(file) for file in files]
+    if [path.name for path in paths] != [SINGLE] or not (paths[0].parent / INDEX).is_file():
+        return
+    folder = paths[0].parent
+    if current_weights(shard_names(read_json(folder / INDEX)), lambda name: (folder / name).is_file()) != [SINGLE]:
+        raise ArbFormatError(
+            f"{folder} holds two models: {SINGLE}, and the shards that {INDEX} names, which were saved later; "
+            f"delete {SINGLE}, or load with arb_hf.from_pretrained"
+        )
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """What the headers will tell of tensors that are to be written."""
+    return {name: Entry("state_dict", tuple(tensor.shape), _type(tensor)) for name, tensor in tensors.items()}
 
 
 def _check_place(path: str, model_id: str) -> None:
@@ -121,8 +149,12 @@ def check_stacks(model: nn.Module, entries: Entries) -> None:
             )
 
 
-def check_model(model: PreTrainedModel, entries: Entries) -> None:
+def check_model(model: PreTrainedModel, entries: Entries, new_head: bool = False) -> None:
     """Compare the headers of a checkpoint's files with what ``model``, still on the meta device, expects.
+
+    Args:
+        new_head: the model is of another class than the checkpoint: what it has outside its backbone, such as the head
+            of a classifier, need not be there, and transformers makes it anew.
 
     Raises:
         ArbFormatError: a tensor is missing, or of another shape or type; a packed tensor is surplus; the config asks
@@ -133,10 +165,10 @@ def check_model(model: PreTrainedModel, entries: Entries) -> None:
     for name, module in modules.items():
         for part, (shape, stored) in module.form.tensors().items():
             expected[f"{name}.{part}"] = shape, SAFETENSORS_TYPES[stored]
-    optional = _optional_names(model)
+    optional = _optional_names(model, new_head)
     for key, tensor in model.state_dict().items():
         if key not in expected and (key in entries or not optional(key)):
-            expected[key] = tuple(tensor.shape), None
+            expected[key] = tuple(tensor.shape), None if tensor.is_floating_point() else _type(tensor)
     for key, (shape, dtype) in expected.items():
         if key not in entries:
             raise ArbFormatError(f"{_names(entries)}: tensor {key} is missing")
@@ -154,17 +186,40 @@ def check_model(model: PreTrainedModel, entries: Entries) -> None:
             raise ArbFormatError(f"config.json: asks for a buffer {name} of {list(buffer.shape)}")
 
 
+def check_surplus(model: PreTrainedModel, entries: Entries) -> None:
+    """Refuse tensors that ``model``, on the meta device, has no place for.
+
+    Raises:
+        ArbFormatError: naming one.
+    """
+    known = model.state_dict()
+    patterns = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    for key, entry in entries.items():
+        if key not in known and not any(each.search(key) for each in patterns):
+            raise ArbFormatError(f"{entry.file}: surplus tensor {key}: {type(model).__name__} has no place for it")
+
+
+def _type(tensor: Tensor) -> str:
+    return SAFETENSORS_TYPES.get(tensor.dtype, str(tensor.dtype))
+
+
 def _names(entries: Entries) -> str:
     first, *others = sorted({entry.file for entry in entries.values()}) or ["no file"]
     return f"{first} and {len(others)} more" if others else first
 
 
-def _optional_names(model: PreTrainedModel) -> Any:
-    """Whether the model does without a tensor in its checkpoint: one tied to another, a buffer, or as its class says."""
+def _optional_names(model: PreTrainedModel, new_head: bool) -> Any:
+    """Whether the model does without a tensor in its checkpoint: tied, a buffer, of a new head, or as its class says."""
+    backbone = "" if model.base_model is model else f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     patterns = [re.compile(each) for each in model._keys_to_ignore_on_load_missing or ()]
     buffers = {name for name, _ in model.named_buffers()}
-    return lambda key: key in tied or key in buffers or any(each.search(key) for each in patterns)
+    return lambda key: (
+        key in tied
+        or key in buffers
+        or (new_head and not key.startswith(backbone))
+        or any(each.search(key) for each in patterns)
+    )
 
 
 def check_values(model: nn.Module, entries: Entries) -> None:

@@ -35,6 +35,12 @@ CHOICES = {
     "salient_metric": SALIENT_METRICS,
     "scale_dtype": tuple(SCALE_DTYPES),
 }
+# Options that have no effect beside a value of another.
+IDLE_BESIDE = (
+    ("iterations", "refinement", "full"),
+    ("iterations", "method", "billm"),
+    ("column_group_bitmap", "group_bitmap", False),
+)
 # Steps of tuning by default, for each refinement.
 TUNE_STEPS = {"paper": 0, "full": 32}
 
@@ -49,34 +55,37 @@ class ArbConfig(QuantizationConfigMixin):
         column_group_bitmap: two magnitude groups for salient columns too. No effect with ``group_bitmap=False``.
         group_bitmap: two magnitude groups per row and block; False: one group, with which arb-rc takes about 1.3 bits
             per weight with int8 scales, 1.5 with float16.
-        iterations: rounds of alternating refinement (the paper's 15); ``refinement="full"`` has no such rounds.
+        iterations: rounds of alternating refinement (the paper's 15); ``refinement="full"`` and ``"billm"`` have none.
         salient_metric: rank columns by ``"hessian"`` saliency or by weight ``"magnitude"``.
-        max_salient_columns: salient columns per block stay below this number; with ``refinement="full"``, which chooses
-            them over the whole matrix, they are at most so many per block on average.
-        damping: added to H's diagonal, as a fraction of its mean.
-        refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README. Of ``method``
-            it keeps what is stored, row and column scales or row scales and means; ``"arb-x"``, ``"arb"`` and
-            ``"billm"`` are then one.
-        tune_steps: steps of gradient by which each decoder layer is tuned after it is binarized, 0 for none. Needs
+        max_salient_columns: exclusive limit of salient columns per block; with ``refinement="full"``, which chooses
+            them over the whole matrix, the highest average per block.
+        damping: fraction of the mean of H's diagonal that is added to it.
+        refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README. ``"full"``
+            takes from ``method`` only what is stored, row and column scales or row scales and means: ``"arb-x"``,
+            ``"arb"`` and ``"billm"`` then do the same.
+        tune_steps: gradient steps that tune each decoder layer after it is binarized, 0 for none. Needs
             ``refinement="full"``, whose default is 32; ``"paper"`` is never tuned. Layers with experts are left out.
         dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``) or a path (.txt, .raw, .jsonl,
-            .parquet); in Python also a list of strings, chats, token tensors or ``{"input_ids", "attention_mask"}``,
-            or a ``datasets.Dataset``.
-        num_samples: calibration windows, drawn from the text.
-        sequence_length: tokens of each.
+            .parquet, the first three also as .gz); in Python also a list of strings, chats, token ids or
+            ``{"input_ids", "attention_mask"}``, a ``datasets.Dataset``, or a stream of such rows. Of text longer than
+            2 Mi characters only what the windows need is read; of a stream, as of ``"c4"``, its beginning.
+        num_samples: number of calibration windows drawn from the text.
+        sequence_length: tokens per window; no effect on token ids.
         batch_size: windows per forward pass.
-        seed: of the windows' positions; the global random state is never touched.
-        tokenizer: of the calibration text, a name or a folder; in Python also a tokenizer. None: the model's own.
-        modules_to_not_convert: names to keep in full precision, **added to** the default list (heads, embeddings).
+        seed: seed for choosing the windows; the global random state is not touched.
+        tokenizer: tokenizer of the calibration text, a name or a folder; in Python also a tokenizer object. None: the
+            model's own.
+        modules_to_not_convert: names of modules to keep in full precision, **added to** the default list (heads,
+            embeddings): full names, or their last parts. A name that matches no module is refused.
         overrides: options of single modules, ``{pattern: {"block_size": 64, ...}}``, or ``{pattern: None}`` (``null``
-            in JSON) to keep them in full precision. Any of the options from ``method`` to ``refinement`` above, and ``scale_dtype``. A
-            pattern is a glob over full module names that covers what it matches and all inside it; of several the
-            one with the most literal characters counts (:mod:`arb_hf.overrides`).
-        minimum_coverage: the share of the decoder layers' matrix weights, those kept on request apart, that must be
-            binarized; a model of which less can be stops before calibration. 0 goes on whatever the share.
-        scale_dtype: storage of scales and means: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
+            in JSON) to keep them in full precision. The options from ``method`` to ``refinement`` above are allowed,
+            and ``scale_dtype``. A pattern is a glob over full module names that covers what it matches and all inside
+            it; of several, the one with the most literal characters counts (:mod:`arb_hf.overrides`).
+        minimum_coverage: smallest share of the decoder layers' matrix weights, not counting those kept on request, that
+            must be binarized; where less can be, the run stops before calibration. 0 accepts any share.
+        scale_dtype: type in which scales and means are stored: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
         checkpoint_dir: folder in which finished decoder layers are kept, to resume from after a crash.
-        format_version: of the packed format; set by the package.
+        format_version: version of the packed format; set by the package.
         modules: what was binarized and how; set by a run, read when a packed model is loaded.
 
     Raises:
@@ -180,17 +189,18 @@ class ArbConfig(QuantizationConfigMixin):
 
     def _warn_of_idle_options(self) -> None:
         """Warn of options that were set and have no effect beside the others."""
-        every = [
-            ("", vars(self)),
-            *((f" in overrides[{each!r}]", own or {}) for each, own in (self.overrides or {}).items()),
-        ]
-        for where, options in every:
-            refinement = options.get("refinement", self.refinement)
-            if (
-                refinement == "full"
-                and options.get("iterations", BinarizeOptions.iterations) != BinarizeOptions.iterations
-            ):
-                warnings.warn(f'ArbConfig: iterations{where} has no effect with refinement="full"', stacklevel=4)
+        common = {name: getattr(self, name) for name in PER_MODULE}
+        chosen = {name: value for name, value in common.items() if value != getattr(BinarizeOptions, name)}
+        overrides = (self.overrides or {}).items()
+        for where, own in [
+            ("", chosen),
+            *((f" in overrides[{pattern!r}]", dict(own or {})) for pattern, own in overrides),
+        ]:
+            beside = common | own
+            for option, other, value in IDLE_BESIDE:
+                if own.get(option) and beside[other] == value:
+                    shown = f'"{value}"' if isinstance(value, str) else value
+                    warnings.warn(f"ArbConfig: {option}{where} has no effect with {other}={shown}", stacklevel=3)
 
     def _validate_overrides(self) -> None:
         if not isinstance(self.overrides, Mapping):
@@ -198,9 +208,7 @@ class ArbConfig(QuantizationConfigMixin):
             return
         for pattern, options in self.overrides.items():
             if not isinstance(pattern, str) or not pattern:
-                raise ValueError(
-                    f"ArbConfig: the override {pattern!r} is no pattern: a glob over module names is needed"
-                )
+                raise ValueError(f"ArbConfig: the override {pattern!r} is no pattern: pass a glob over module names")
             if options is not None:
                 self._check_options(f"overrides[{pattern!r}]", options, PER_MODULE)
         self.overrides = {pattern: None if each is None else dict(each) for pattern, each in self.overrides.items()}
@@ -227,7 +235,7 @@ class ArbConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(f"ArbConfig: {where} has {', '.join(unknown)}; allowed: {', '.join(allowed)}")
         try:
-            ArbConfig(**options)
+            ArbConfig(**options, modules={})  # which are no choice, so that idle options are told of once
         except ValueError as error:
             raise ValueError(f"{error} (in {where})") from None
 
@@ -253,7 +261,7 @@ class ArbConfig(QuantizationConfigMixin):
             self._refuse(option, "a finite number from 0" + ("" if high == sys.float_info.max else f" to {high:g}"))
 
     def options(self, name: str | None = None) -> BinarizeOptions:
-        """The part that the mathematics of one matrix needs: that of all modules, or with the overrides of one.
+        """Return the options for one matrix: those common to all modules, or with the overrides of the one named.
 
         Raises:
             ArbCalibrationError: two equally specific overrides cover the module.
@@ -285,7 +293,8 @@ class ArbConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """From what :meth:`to_dict` gave, or a stranger's ``config.json``; options of a newer version are left out.
+        """Make a config from what :meth:`to_dict` gave, or from an untrusted ``config.json``; options of a newer version are
+        left out.
 
         Raises:
             ArbFormatError: it lacks what a config has, or an option has a value that is not allowed.
@@ -309,7 +318,7 @@ class ArbConfig(QuantizationConfigMixin):
             raise ArbFormatError(f"config.json: quantization_config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. Data and tokenizers given as objects become None: they have no name to store."""
+        """Return the options ready for JSON. Data and tokenizers given as objects become None: they have no name to store."""
         stored = {key: value for key, value in self.__dict__.items() if key not in SHARED and not key.startswith("_")}
         stored = copy.deepcopy(stored)
         for key in SHARED:
@@ -318,11 +327,11 @@ class ArbConfig(QuantizationConfigMixin):
         return stored
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All of it: an option left at its default is stored too, lest a later default change what it meant."""
+        """Return all options: one left at its default is stored too, so that a later default does not change its meaning."""
         return self.to_dict()
 
     def published(self, skip: list[str]) -> ArbConfig:
-        """The config to store with the model: the skip list that was used, and nothing of the maker's file system."""
+        """Return the config to store with the model: with the skip list that was used, without paths of the maker's computer."""
         stored = copy.deepcopy(self)
         stored.modules_to_not_convert = skip
         stored.checkpoint_dir = None

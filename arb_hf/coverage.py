@@ -1,4 +1,4 @@
-"""What of a model is binarized, what is kept and why: said before calibration, never assumed."""
+"""Which matrices of a model are binarized, which are kept, and why: stated before calibration."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Coverage:
 
     @property
     def binarized(self) -> int:
-        """Those of them that are binarized."""
+        """Matrix weights in the decoder layers that are binarized."""
         return sum(each.weights for each in self.matrices if each.kept is None)
 
     @property
@@ -50,7 +50,7 @@ class Coverage:
         return self.binarized / max(self.weights, 1)
 
     def keeping(self, names: Collection[str], reason: str) -> Coverage:
-        """The same, with some of the binarized matrices kept after all."""
+        """Return the same coverage with some of the binarized matrices kept after all."""
         changed = set(names)
         return Coverage(
             tuple(
@@ -85,7 +85,7 @@ class Coverage:
         return [(kind, kept, count, weights) for (kind, kept), (count, weights) in found.items()]
 
     def table(self) -> str:
-        """A line per kind of matrix with its share of the decoder layers' matrix weights, and what becomes of it."""
+        """A line per kind of matrix with its share of the decoder layers' matrix weights, and its fate."""
         width = max([28, *(len(kind_of(each.name)) for each in self.matrices)]) + 2
         lines = [f"{'kind':<{width}}{'count':>8}{'weights':>16}{'share':>8}  what becomes of it"]
         for kind, kept, count, weights in self.groups():
@@ -96,7 +96,7 @@ class Coverage:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: the totals and every matrix."""
+        """Return the totals and every matrix, ready for JSON."""
         return {
             "share": self.share,
             "weights": self.weights,

@@ -6,9 +6,10 @@ Both take any causal language model, packed or dense, so that a binarized model 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .text import read_text, tokenize
+from .architecture import forward_arguments, longest_sequence, vocabulary
+from .text import leading_tokens, open_text, plain_tokenizer
+from .text.files import JsonLines
 
+TEXT = "wikitext2"  # what is measured on by default
+WINDOW = 2048  # tokens of a window by default, as GPTQ and its followers have it
 LOSS_ROWS = 512  # positions whose float32 logits are held at a time: a large vocabulary would double the memory
 
 
@@ -29,8 +34,8 @@ LOSS_ROWS = 512  # positions whose float32 logits are held at a time: a large vo
 def perplexity(
     model: PreTrainedModel,
     tokenizer_or_tokens: Any,
-    text: Any = "wikitext2",
-    sequence_length: int = 2048,
+    text: Any = TEXT,
+    sequence_length: int = WINDOW,
     max_windows: int | None = None,
     batch_size: int = 1,
 ) -> float:
@@ -41,7 +46,7 @@ def perplexity(
             ``[windows, length]``, and ``text`` is not used.
         text: a name (its test split), a path, a list of strings or a ``datasets.Dataset``, as ``ArbConfig.dataset``.
         sequence_length: tokens per window.
-        max_windows: only the first so many; None for all.
+        max_windows: number of windows, from the beginning of the text, which is read no further; None for all.
         batch_size: windows per forward pass.
 
     Returns:
@@ -50,6 +55,7 @@ def perplexity(
     Raises:
         ValueError: less text than one window, token ids outside the vocabulary, or losses that are not finite.
     """
+    _require_batch(batch_size)
     windows = evaluation_windows(tokenizer_or_tokens, text, sequence_length, max_windows)
     _check_windows(windows, model)
     total, device = 0.0, _device(model)
@@ -57,7 +63,7 @@ def perplexity(
         bar = transformers_logging.tqdm(total=len(windows), desc="Perplexity", unit="window")
         for batch in windows.split(batch_size):
             ids = batch.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = _logits(model, ids)
             total += _losses(logits[:, :-1], ids[:, 1:]).double().sum().item()
             bar.update(len(batch))
         bar.close()
@@ -68,7 +74,7 @@ def perplexity(
 
 
 def evaluation_windows(
-    tokenizer_or_tokens: Any, text: Any = "wikitext2", sequence_length: int = 2048, max_windows: int | None = None
+    tokenizer_or_tokens: Any, text: Any = TEXT, sequence_length: int = WINDOW, max_windows: int | None = None
 ) -> Tensor:
     """The windows that :func:`perplexity` measures, int64 ``[windows, sequence_length]``: for use with several models.
 
@@ -79,9 +85,17 @@ def evaluation_windows(
         raise ValueError(f"sequence_length={sequence_length}: a window needs two tokens, one to predict the other from")
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}: at least one window is needed, or None for all")
-    tokens = tokenizer_or_tokens
-    if not isinstance(tokens, Tensor):
-        tokens = tokenize(read_text(text, tokens, split="test"), tokens)
+    tokens = plain_tokenizer(tokenizer_or_tokens)
+    if isinstance(tokens, Tensor):
+        _warn_of_idle_arguments(tokens, text, sequence_length)
+    elif callable(tokens):
+        count = None if max_windows is None else max_windows * sequence_length
+        tokens = leading_tokens(open_text(text, tokens, split="test"), tokens, count)
+    else:
+        raise ValueError(
+            f"tokenizer_or_tokens is of type {type(tokens).__name__}: pass a tokenizer, or token ids as one tensor, such "
+            "as batch['input_ids']"
+        )
     if tokens.dim() == 1:
         count = tokens.numel() // sequence_length
         if not count:
@@ -94,6 +108,17 @@ def evaluation_windows(
             f"windows must be integers [windows, length >= 2]; these are {tokens.dtype} {list(tokens.shape)}"
         )
     return tokens[:max_windows].to(torch.int64)
+
+
+def _warn_of_idle_arguments(tokens: Tensor, text: Any, sequence_length: int) -> None:
+    """Warn of arguments that were set and have no effect where tokens are given."""
+    if not (isinstance(text, str) and text == TEXT):
+        warnings.warn("text has no effect: tokens are given", stacklevel=3)
+    if tokens.dim() == 2 and sequence_length not in (WINDOW, tokens.shape[1]):
+        warnings.warn(
+            f"sequence_length={sequence_length} has no effect: the windows given have {tokens.shape[1]} tokens",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,13 +151,17 @@ def multiple_choice(
 
     Args:
         items: a path to a .jsonl file, or rows ``{"query": str, "choices": [str, ...], "gold": int}``.
-        max_items: only the first so many; None for all.
+        max_items: number of items, from the first on; None for all.
         batch_size: items per forward pass, each with all its choices.
 
     Raises:
         ValueError: no items, or one that has not this form.
     """
-    rows = _read_items(items)[:max_items]
+    if max_items is not None and max_items < 1:
+        raise ValueError(f"max_items={max_items}: at least one item is needed, or None for all")
+    _require_batch(batch_size)
+    tokenizer = plain_tokenizer(tokenizer)
+    rows = _read_items(items, max_items)
     if not rows:
         raise ValueError("there are no items to evaluate")
     right: list[tuple[bool, bool]] = []
@@ -153,28 +182,39 @@ def multiple_choice(
     return Accuracy(len(right), acc, _stderr(acc, len(right)), acc_norm, _stderr(acc_norm, len(right)))
 
 
-def _read_items(items: Any) -> list[Mapping[str, Any]]:
+def _read_items(items: Any, count: int | None) -> list[Mapping[str, Any]]:
+    """The first ``count`` items, or all; nothing behind them is read."""
     if isinstance(items, str | os.PathLike):
-        lines = Path(items).read_text(encoding="utf-8").split("\n")
-        try:
-            items = [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{items}: not a file of JSON lines ({error})") from error
-    rows = list(items)
-    for number, row in enumerate(rows):
+        path = Path(items)
+        if not path.is_file():
+            raise ValueError(f"the file of items {items} does not exist: pass a .jsonl file")
+        numbered = JsonLines(path).rows()
+    elif isinstance(items, Mapping):
+        raise ValueError(
+            f"the items are a mapping with {', '.join(map(repr, list(items)[:5]))}: pass a list of items, or one part of it"
+        )
+    else:
+        numbered = ((f"item {number}", row) for number, row in enumerate(items))
+    found = list(itertools.islice(numbered, count))
+    for where, row in found:
         choices = row.get("choices") if isinstance(row, Mapping) else None
         well_formed = (
             isinstance(choices, Sequence)
+            and not isinstance(choices, str)
             and all(isinstance(choice, str) and choice for choice in choices)
             and isinstance(row.get("query"), str)
             and isinstance(row.get("gold"), int)
+            and not isinstance(row["gold"], bool)
             and 0 <= row["gold"] < len(choices)
         )
         if not well_formed:
-            raise ValueError(
-                f"item {number} is not {{'query': str, 'choices': [str, ...], 'gold': index}}: {row!r:.200}"
-            )
-    return rows
+            raise ValueError(f"{where} is not {{'query': str, 'choices': [str, ...], 'gold': index}}: {row!r:.200}")
+    return [row for _, row in found]
+
+
+def _require_batch(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"batch_size={size}: at least 1 is needed")
 
 
 def _encode(tokenizer: Any, query: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -190,7 +230,7 @@ def _encode(tokenizer: Any, query: str, continuation: str) -> tuple[list[int], l
 
 def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], list[int]]]) -> list[float]:
     """Summed log-likelihood of each pair's second part given its first, in one forward pass, padded on the right."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_sequence(model)
     rows = [(context + continuation, len(continuation)) for context, continuation in pairs]
     if limit is not None:
         rows = [(tokens[-(limit + 1) :], count) for tokens, count in rows]
@@ -202,12 +242,27 @@ def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], li
         ids[index, : len(tokens)] = torch.tensor(tokens)
         mask[index, : len(tokens) - 1] = 1
     ids = ids.to(device)
-    logits = model(input_ids=ids[:, :-1], attention_mask=mask.to(device), use_cache=False).logits
+    logits = _logits(model, ids[:, :-1], attention_mask=mask.to(device))
     losses = _losses(logits, ids[:, 1:]).double().cpu()
     return [
         -losses[index, len(tokens) - 1 - count : len(tokens) - 1].sum().item()
         for index, (tokens, count) in enumerate(rows)
     ]
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Tensor) -> Tensor:
+    """Logits ``[batch, length, vocabulary]`` of tokens ``[batch, length]``."""
+    output = model(input_ids=ids, **forward_arguments(model, use_cache=False, **arguments))
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple):  # config.return_dict is False
+        logits = output[0]
+    size = vocabulary(model)
+    if logits is None or logits.dim() != 3 or (size is not None and logits.shape[-1] < size):
+        raise ValueError(
+            f"{type(model).__name__} gives no logits over its vocabulary, and only a language model can be measured: "
+            "load it with AutoModelForCausalLM"
+        )
+    return logits
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -226,14 +281,12 @@ def _stderr(share: float, count: int) -> float:
 
 
 def _check_windows(windows: Tensor, model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
     low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= config.vocab_size:
+    size, limit = vocabulary(model), longest_sequence(model)
+    if low < 0 or (size is not None and high >= size):
         raise ValueError(
-            f"token {low if low < 0 else high} is outside the model's vocabulary of {config.vocab_size}: "
-            "is this the model's own tokenizer?"
+            f"token {low if low < 0 else high} is outside the model's vocabulary of {size}: use the model's own tokenizer"
         )
-    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise ValueError(f"sequence_length={windows.shape[1]} is longer than the model takes ({limit} positions)")
 

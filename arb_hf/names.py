@@ -18,5 +18,5 @@ def kind_of(name: str) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Does ``name`` read as ``owner/name`` on the Hub, and is it not a folder here?"""
+    """Whether ``name`` reads as ``owner/name`` on the Hub and is no folder here."""
     return HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)

@@ -26,7 +26,7 @@ def covers(pattern: str, name: str) -> bool:
 
 
 def select(overrides: Overrides, name: str) -> str | None:
-    """The pattern that decides for a module, or None.
+    """Find the pattern that decides for a module, or None.
 
     Raises:
         ArbCalibrationError: two equally specific patterns with different options cover the module.

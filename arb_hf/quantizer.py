@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
+from .architecture import Prefix
 from .calibrate.model import binarize_model
 from .calibrate.offload import Placement, keep_stored_types, offload_folder
-from .checks import Entry, check_model, check_stacks, check_values, read_entries
+from .checks import Entry, check_files, check_model, check_stacks, check_surplus, check_values, entries_of, read_entries
 from .config import ArbConfig
-from .errors import ArbFormatError
-from .nn import BinaryExperts, BinaryLinear
-from .nn.swap import expose_linears, replace_by_dense
+from .errors import ArbCalibrationError, ArbFormatError
+from .nn import BinaryExperts, BinaryLinear, ScaledLinear, binary_modules
+from .nn.offloaded import fetch_all, is_offloaded
+from .nn.swap import adapted_module, empty_model, expose_linears, replace_by_dense, require_plain
 
 
 class ArbHfQuantizer(HfQuantizer):
@@ -29,6 +33,7 @@ class ArbHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.placement = Placement()
         self.entries: dict[str, Entry] = {}
+        self.prefix = Prefix("", "", frozenset())
 
     def update_device_map(self, device_map: Any) -> Any:
         if self.pre_quantized:
@@ -40,20 +45,27 @@ class ArbHfQuantizer(HfQuantizer):
         return max_memory if self.pre_quantized else self.placement.note_memory(max_memory)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        _refuse_split(model, torch.distributed.is_initialized() and getattr(model.config, "distributed_config", None))
         if not self.pre_quantized:
+            require_backbone(model, kwargs.get("checkpoint_files") or [])
             return
+        self.prefix = adapt_names(model, self.quantization_config)
         files = kwargs.get("checkpoint_files")
         if files:
-            self.entries = read_entries(files, model.name_or_path or "")
+            check_files(files)
+            entries = read_entries(files, model.name_or_path or "")
+            self.entries = {self.prefix.renamed(name): entry for name, entry in entries.items()}
             check_stacks(model, self.entries)
         swap_in_binary_modules(model, self.quantization_config)
         if files:
-            check_model(model, self.entries)
+            check_model(model, self.entries, has_new_head(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        _refuse_split(model, getattr(model, "_tp_size", None))  # transformers 5.0 tells it no sooner
         if self.pre_quantized:
             check_values(model, self.entries)
             self.entries = {}  # they were for the checks
+            model._weight_conversions = []  # type: ignore[assignment]  # saved under the names that it has now
             keep_stored_types(model)
         else:
             config = self.quantization_config
@@ -68,17 +80,43 @@ class ArbHfQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, BinaryLinear):
                 module.requires_grad_(False)
+            elif isinstance(module, PreTrainedModel):
+                module.hf_quantizer = self  # type: ignore[assignment]  # saving a part of the model asks it too
         self._has_experts = any(isinstance(module, BinaryExperts) for module in model.modules())
 
     def update_weight_conversions(self, weight_conversions: list, *args: Any, **kwargs: Any) -> list:
-        """A packed checkpoint has the model's own names: no merging of experts, no renaming."""
-        return [] if self.pre_quantized else weight_conversions
+        """A packed checkpoint has the model's own names, but for the prefix: no merging of experts, no renaming."""
+        if not self.pre_quantized:
+            return weight_conversions
+        stored = re.escape(self.prefix.stored)
+        return [WeightRenaming(rf"^{stored}", self.prefix.own)] if self.prefix.changes else []
+
+    def update_parallel_plan(self, *args: Any, **kwargs: Any) -> None:
+        """No plan for packed tensors: a model that is to be split is refused."""
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        """What ``model.save_pretrained`` writes, checked as loading will check it; asked before anything is written.
+
+        Scales that are being trained are written as they are now, rounded to their stored type.
+
+        Raises:
+            ValueError: what would be written does not load again: other modules than the config names, adapters in
+                between, a part of the model, tensors of other shapes or types.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # transformers saves the adapter alone
+        return packed_state_dict(model), {}
+
     @property
     def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer's question whether there is anything to train without adapters: scales, and what is not binary."""
         return True
 
     @property
@@ -86,9 +124,128 @@ class ArbHfQuantizer(HfQuantizer):
         return not self._has_experts  # which expert gets which token is data: no single graph
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        require_plain(model)
         # transformers passes config.dtype, which saving turns into its name.
         wanted = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-        return replace_by_dense(model, wanted)
+        offloaded, folder = is_offloaded(model), offload_folder(model)
+        if offloaded:
+            fetch_all(model)
+        replace_by_dense(model, wanted)
+        for part in model.modules():
+            if part is not model and isinstance(part, PreTrainedModel):
+                vars(part).pop("hf_quantizer", None)
+        if offloaded:
+            Placement(cast(Any, model.hf_device_map)).dispatch(model, folder)
+        return model
+
+
+def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a packed model by the names that loading expects; scales in training rounded to what is stored.
+
+    Raises:
+        ValueError: a checkpoint of these tensors would not load again; the message says why.
+    """
+    if adapted_module(model) is not None:
+        require_plain(model)  # says what to do
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, ScaledLinear):
+            for key in module.state_dict(prefix=f"{name}."):
+                del tensors[key]
+            tensors |= {f"{name}.{part}": tensor for part, tensor in _stored(name, module).items()}
+    try:
+        _check_saved(model, tensors)
+    except ArbFormatError as error:
+        raise ValueError(
+            f"this {type(model).__name__} cannot be saved, for it would not load again: {error}. Save the whole "
+            "model, as arb_hf made or loaded it"
+        ) from error
+    return tensors
+
+
+def _stored(name: str, module: ScaledLinear) -> dict[str, torch.Tensor]:
+    try:
+        stored = module.stored()
+    except ArbCalibrationError as error:
+        raise ArbCalibrationError(f"{name} after training: {error}; or train with a lower rate") from error
+    bias = module.binary.bias
+    return stored if bias is None else stored | {"bias": bias}
+
+
+def _check_saved(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Compare what is to be written with what a model loaded with the same config expects.
+
+    Raises:
+        ArbFormatError: they differ.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    config = ArbConfig.from_dict(config) if isinstance(config, dict) else config
+    config = config if isinstance(config, ArbConfig) else ArbConfig()
+    named = set(config.modules or ())
+    binary = {name.removesuffix(".binary") for name in binary_modules(model)}  # within a ScaledLinear
+    odd = next(iter(sorted(binary ^ named)), None)
+    if odd is not None or not named:
+        names, holds = ("names", "does not") if odd in named else ("does not name", "does")
+        raise ArbFormatError(f"config.quantization_config {names} {odd} as binary, and the model {holds} hold it so")
+    ignored = set(model._keys_to_ignore_on_save or ())
+    entries = entries_of({name: tensor for name, tensor in tensors.items() if name not in ignored})
+    skeleton = empty_model(model)
+    swap_in_binary_modules(skeleton, config)
+    check_model(skeleton, entries)
+    check_surplus(skeleton, entries)
+    check_values(model, entries)
+
+
+def _refuse_split(model: PreTrainedModel, plan: Any) -> None:
+    """Packed tensors cannot be divided among processes.
+
+    Raises:
+        ValueError: ``plan``, what transformers knows of such a division, is something.
+    """
+    if plan:
+        raise ValueError(
+            f"arb_hf does not support tensor parallelism (tp_plan=, distributed_config=): the packed layers of "
+            f"{type(model).__name__} cannot be split over processes. Load it with device_map='auto', which lays whole "
+            "layers on the devices of one process"
+        )
+
+
+def adapt_names(model: PreTrainedModel, config: ArbConfig) -> Prefix:
+    """In place: give the modules of ``config`` the names that they have in this class of model.
+
+    A checkpoint of ``LlamaForCausalLM`` has ``model.layers.0``, and ``LlamaModel`` calls it ``layers.0``.
+    """
+    prefix = Prefix.of(model, list(config.modules or ()))
+    if config.modules:
+        config.modules = {prefix.renamed(name): entry for name, entry in config.modules.items()}
+    return prefix
+
+
+def has_new_head(model: PreTrainedModel) -> bool:
+    """Whether the model is of another class than its checkpoint: then what is outside the backbone may be new."""
+    stored = model.config.architectures or []
+    return bool(stored) and type(model).__name__ not in stored
+
+
+def require_backbone(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse a class under which transformers does not find the backbone of a dense checkpoint: it would be random.
+
+    ``LlamaForQuestionAnswering`` is one: its backbone is ``transformer``, and that of other Llamas ``model``.
+
+    Raises:
+        ArbCalibrationError: the checkpoint has the backbone under another prefix than the model.
+    """
+    backbone: Any = model.base_model
+    own, usual = f"{model.base_model_prefix}.", f"{backbone.base_model_prefix}."
+    if backbone is model or own == usual or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    names = read_entries(files)
+    if any(name.startswith(usual) for name in names) and not any(name.startswith(own) for name in names):
+        raise ArbCalibrationError(
+            f"transformers does not load this checkpoint's weights into {type(model).__name__}, which expects {own}* where "
+            f"the files have {usual}*: binarize the checkpoint with AutoModelForCausalLM, save it, and load what was saved "
+            f"as {type(model).__name__}"
+        )
 
 
 def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
@@ -105,6 +262,13 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
     for name in config.modules:
         if name not in linears:
             found = "a " + type(model.get_submodule(name)).__name__ if _has(model, name) else "no such module"
+            if has_new_head(model):
+                (saved, *_) = model.config.architectures or []
+                raise ArbFormatError(
+                    f"this model was saved from {saved}, and {type(model).__name__} has no linear "
+                    f"layer {name} to put its binary weights in: load it with arb_hf.from_pretrained, which takes the "
+                    "class that it was saved from"
+                )
             raise ArbFormatError(
                 f"config.json: quantization_config.modules names {name!r}: {found}, not a linear layer"
             )
@@ -115,6 +279,8 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
                 f"config.json: {name} cannot have {form.salient_columns} salient columns of {form.in_features}"
             )
         new = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        for parameter in new.parameters():  # parents initialize weights that stay on disk: GPT-2 its c_proj.weight
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model.set_submodule(name, new)
 
 

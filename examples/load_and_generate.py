@@ -1,4 +1,4 @@
-"""Load a packed model, from a folder or the Hub, and let it speak.
+"""Load a packed model, from a folder or the Hub, and generate text.
 
 python examples/load_and_generate.py me/SmolLM2-135M-arb-rc --prompt "The history of the lighthouse"
 """
@@ -14,9 +14,9 @@ import arb_hf
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="packed model: folder or name on the Hub")
-    parser.add_argument("--prompt", default="The history of the lighthouse begins in")
-    parser.add_argument("--tokens", type=int, default=24, help="new tokens")
+    parser.add_argument("model", help="packed model: folder, or name on the Hub")
+    parser.add_argument("--prompt", default="The history of the lighthouse begins in", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=24, help="number of tokens to generate")
     arguments = parser.parse_args()
 
     model = arb_hf.from_pretrained(arguments.model)  # AutoModelForCausalLM's, with every file checked

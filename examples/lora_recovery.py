@@ -1,11 +1,11 @@
-"""Recover quality of a packed model by a short fine-tune: LoRA adapters beside it, or its own scales.
+"""Win back quality of a packed model by a short fine-tune of LoRA adapters beside it, or of its own scales.
 
     python examples/lora_recovery.py ./model-arb-rc --steps 60 --out adapter
     python examples/lora_recovery.py ./model-arb-rc --scales --teacher ./model --out model-tuned
 
 Trains on ``--train`` and measures on ``--text``, which must be another text. Adapters add to the model; with
-``--scales`` it stays one packed model of the same bits. With ``--teacher`` it learns the original's predictions, without
-it the text's next tokens, which also makes it better at this kind of text than the original may be.
+``--scales`` it stays one packed model of the same bits. With ``--teacher`` it learns the original's predictions; without,
+it learns the next tokens of the text, and may become better at this kind of text than the original is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
-import arb_hf.lora
 from arb_hf.evaluate import evaluation_windows, perplexity
 
 DATA = Path(__file__).parent / "data"
@@ -63,20 +62,22 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="packed model: folder or name on the Hub")
+    parser.add_argument("model", help="packed model: folder, or name on the Hub")
     parser.add_argument("--train", default=str(DATA / "wikitext2.calibration.raw"), help="text to train on")
     parser.add_argument("--text", default=str(DATA / "wikitext2.heldout.raw"), help="text to measure perplexity on")
     parser.add_argument("--length", type=int, default=256, help="tokens per training window")
-    parser.add_argument("--eval-length", type=int, default=512, help="tokens per window of the measurement")
-    parser.add_argument("--eval-windows", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--scales", action="store_true", help="train the scales of the binary layers, not adapters")
-    parser.add_argument("--teacher", help="the original, to learn its predictions instead of the text")
-    parser.add_argument("--out", help="folder for the adapter (with --scales: the model)")
-    parser.add_argument("--quick", action="store_true", help="three steps")
+    parser.add_argument("--eval-length", type=int, default=512, help="tokens per window when measuring")
+    parser.add_argument("--eval-windows", type=int, default=8, help="number of windows to measure")
+    parser.add_argument("--steps", type=int, default=60, help="number of training steps")
+    parser.add_argument("--batch", type=int, default=2, help="windows per step")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate at the start")
+    parser.add_argument(
+        "--scales", action="store_true", help="train the scales of the binary layers instead of adapters"
+    )
+    parser.add_argument("--teacher", help="the original model, to learn its predictions instead of the text")
+    parser.add_argument("--out", help="folder to write: the adapter, or with --scales the model")
+    parser.add_argument("--quick", action="store_true", help="three steps: a smoke test")
     arguments = parser.parse_args()
 
     model = arb_hf.from_pretrained(arguments.model, dtype=torch.float32).requires_grad_(False)

@@ -3,8 +3,8 @@
     python examples/pareto.py --model MODEL --data FOLDER --csv pareto.csv --plot pareto.png
 
 Data, calibration and evaluation are those of ``benchmarks/protocol.py``. Points that the CSV already holds are not run
-again, so a run can be stopped and continued. Peers: round-to-nearest and GPTQ-style rounding (asymmetric min-max grids,
-float16 scale and zero per 128 weights) and HQQ (needs ``pip install hqq``), all stored bits counted.
+again, so that a run can be stopped and continued. The peers are round-to-nearest and GPTQ-style rounding (asymmetric
+min-max grids, a float16 scale and zero per 128 weights) and HQQ (needs ``pip install hqq``), with every stored bit counted.
 """
 
 from __future__ import annotations
@@ -207,14 +207,14 @@ def plot(rows: list[dict[str, str]], full: float, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model's path or name")
+    parser.add_argument("--model", required=True, help="path of a model, or its name on the Hub")
     add_data_option(parser)
-    parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki")
-    parser.add_argument("--csv", type=Path, default=Path("pareto.csv"))
-    parser.add_argument("--plot", type=Path, default=Path("pareto.png"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="torch threads")
-    parser.add_argument("--skip", nargs="*", default=[], help="leave out points whose name begins with one of these")
+    parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki", help="text to calibrate on")
+    parser.add_argument("--csv", type=Path, default=Path("pareto.csv"), help="file of the points, read and written")
+    parser.add_argument("--plot", type=Path, default=Path("pareto.png"), help="image to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing the windows")
+    parser.add_argument("--threads", type=int, help="number of threads for torch")
+    parser.add_argument("--skip", nargs="*", default=[], help="beginnings of names of points to leave out")
     parser.add_argument("--quick", action="store_true", help="4 windows for calibration and evaluation: a smoke test")
     arguments = parser.parse_args()
     if arguments.threads:

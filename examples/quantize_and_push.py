@@ -2,8 +2,8 @@
 
     python examples/quantize_and_push.py HuggingFaceTB/SmolLM2-135M-Instruct --repo me/SmolLM2-135M-arb-rc
 
-Without ``--repo`` everything is written to ``--out`` and nothing is pushed: look at the card first, then
-``arb-hf push OUT me/name``. Pushing needs ``hf auth login``.
+Without ``--repo`` everything is written to ``--out`` and nothing is pushed: look at the card first, then run
+``arb-hf push OUT me/name``. To push, log in with ``hf auth login`` first.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="name on the Hub or folder")
     parser.add_argument("--out", default="model-arb-rc", help="folder to write")
-    parser.add_argument("--repo", help="owner/name on the Hub to push to")
+    parser.add_argument("--repo", help="repository on the Hub to push to, as owner/name")
     parser.add_argument("--calibration", default=str(DATA / "wikitext2.calibration.raw"), help="text to calibrate on")
     parser.add_argument("--text", default=str(DATA / "wikitext2.heldout.raw"), help="text to measure perplexity on")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
-    parser.add_argument("--tune-steps", type=int, default=32, help="of tuning per layer; 0 takes a sixth of the time")
-    parser.add_argument("--quick", action="store_true", help="few windows")
+    parser.add_argument(
+        "--tune-steps", type=int, default=32, help="steps of tuning per decoder layer; 0 takes a sixth of the time"
+    )
+    parser.add_argument("--quick", action="store_true", help="few windows: a smoke test")
     arguments = parser.parse_args()
     samples, count = (4, 2) if arguments.quick else (32, 20)
 

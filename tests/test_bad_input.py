@@ -42,7 +42,12 @@ class Place:
 
     def binarize(self, dtype: torch.dtype = torch.float32, model: str | None = None, **options: object) -> None:
         """A run that must be over before the first forward pass, if it ends with an error."""
-        chosen = {"dataset": token_samples(), "iterations": 1, "num_samples": 4, "sequence_length": 32} | options
+        chosen = {
+            "dataset": token_samples(length=32),
+            "iterations": 1,
+            "num_samples": 4,
+            "sequence_length": 32,
+        } | options
         AutoModelForCausalLM.from_pretrained(model or self.model, quantization_config=ArbConfig(**chosen), dtype=dtype)
 
     def without_pass(self, **options: object) -> None:
@@ -51,7 +56,7 @@ class Place:
 
     def command(self, *argv: str) -> None:
         """``arb-hf``; what it prints as its error becomes one."""
-        self.patch.setattr("arb_hf.cli.commands._load", lambda *_, **__: pytest.fail("the model was loaded"))
+        self.patch.setattr("arb_hf.cli.commands.load", lambda *_, **__: pytest.fail("the model was loaded"))
         assert main([*argv, "--debug"]) == 0
 
     def without(self, package: str) -> None:
@@ -105,7 +110,7 @@ TABLE: dict[str, Row] = {
     ),
     "tokenizer of another model": (
         lambda p: p.without_pass(dataset=["x1 x2 x3 " * 100], tokenizer=p.of_another_vocabulary()), ArbCalibrationError,
-        "calibration sample 0 has token 131, the model's vocabulary has 128: is this the model's own tokenizer?",
+        "calibration sample 0 has token 131, the model's vocabulary has 128: use the model's own tokenizer",
     ),
     "tokenizer that is none": (
         lambda p: p.without_pass(**TEXT, tokenizer=3), ValueError,
@@ -123,8 +128,8 @@ TABLE: dict[str, Row] = {
     ),
     "huge num_samples": (
         lambda p: p.without_pass(**TEXT, num_samples=10**12), ArbCalibrationError,
-        "the calibration text has 400 tokens, but num_samples=1000000000000 x sequence_length=32 asks for 32000000000000; "
-        "pass more text or lower one of them (num_samples=12 would fit)",
+        "the calibration text has 400 tokens, but num_samples=1000000000000 x sequence_length=32 asks for "
+        "32000000000000; pass more text or lower one of them (num_samples=12 would fit)",
     ),
     "sequence_length beyond the model's": (
         lambda p: p.without_pass(**TEXT, sequence_length=4096), ArbCalibrationError,
@@ -132,34 +137,34 @@ TABLE: dict[str, Row] = {
     ),
     "tokens outside the vocabulary": (
         lambda p: p.without_pass(dataset=[torch.arange(200)]), ArbCalibrationError,
-        "calibration sample 0 has token 199, the model's vocabulary has 128: is this the model's own tokenizer?",
+        "calibration sample 0 has token 199, the model's vocabulary has 128: use the model's own tokenizer",
     ),
     "a file that does not exist": (
         lambda p: p.without_pass(dataset="texts.txt"), ArbCalibrationError, "the text file texts.txt does not exist",
     ),
     "a data set nobody knows": (
         lambda p: p.without_pass(dataset="imagenet"), ArbCalibrationError,
-        "the text 'imagenet' is not known; pass 'c4', 'wikitext2', 'ptb', a path ending in .txt, a path ending in .raw, "
-        "a path ending in .jsonl, a path ending in .parquet, a list or a datasets.Dataset",
+        "the text 'imagenet' is not known; pass 'c4', 'wikitext2', 'ptb', a path ending in .txt, a path ending in "
+        ".raw, a path ending in .jsonl, a path ending in .parquet, a list or a datasets.Dataset",
     ),
     "a name while offline": (
         lambda p: (p.offline(ConnectionError("Couldn't reach 'allenai/c4' on the Hub")), p.without_pass(dataset="c4")),
         ArbCalibrationError,
         "the data set 'c4' (allenai/c4) could not be loaded (ConnectionError: Couldn't reach 'allenai/c4' on the Hub). "
-        "Offline, pass a file instead (dataset=, --dataset or --text: .txt, .raw, .jsonl, .parquet), or in Python a list of "
-        "strings or token tensors",
+        "Offline, pass a file instead (dataset=, --dataset or --text: .txt, .raw, .jsonl, .parquet), or in Python a "
+        "list of strings or token tensors",
     ),
     "a cache that cannot be written": (
         lambda p: (p.offline(PermissionError(13, "Permission denied", "/cache")), p.without_pass(dataset="wikitext2")),
         ArbCalibrationError,
-        "the data set 'wikitext2' (Salesforce/wikitext) could not be loaded (PermissionError: [Errno 13] Permission denied: "
-        "'/cache'). Offline, pass a file instead (dataset=, --dataset or --text: .txt, .raw, .jsonl, .parquet), or in Python a list of "
-        "strings or token tensors",
+        "the data set 'wikitext2' (Salesforce/wikitext) could not be loaded (PermissionError: [Errno 13] Permission "
+        "denied: '/cache'). Offline, pass a file instead (dataset=, --dataset or --text: .txt, .raw, .jsonl, "
+        ".parquet), or in Python a list of strings or token tensors",
     ),
     "binarizing a packed model again": (
         lambda p: p.binarize(model=PACKED), UserWarning,
-        "You passed `quantization_config` or equivalent parameters to `from_pretrained` but the model you're loading already "
-        "has a `quantization_config` attribute. The `quantization_config` from the model will be used.",
+        "You passed `quantization_config` or equivalent parameters to `from_pretrained` but the model you're loading "
+        "already has a `quantization_config` attribute. The `quantization_config` from the model will be used.",
     ),
     "the same by arb-hf quantize": (
         lambda p: p.command("quantize", PACKED, "out"), ValueError,
@@ -167,8 +172,8 @@ TABLE: dict[str, Row] = {
     ),
     "a model quantized by another method": (
         lambda p: p.without_pass(model=p.quantized("gptq")), ValueError,
-        "The model is quantized with GPTQConfig but you are passing a ArbConfig config. Please make sure to pass the same "
-        "quantization config class to `from_pretrained` with different loading attributes.",
+        "The model is quantized with GPTQConfig but you are passing a ArbConfig config. Please make sure to pass the "
+        "same quantization config class to `from_pretrained` with different loading attributes.",
     ),
     "the same by arb-hf quantize (gptq)": (
         lambda p: p.command("quantize", p.quantized("gptq"), "out"), ValueError,
@@ -188,37 +193,39 @@ TABLE: dict[str, Row] = {
         "reading this text needs the package datasets: pip install datasets",
     ),
     "without gguf": (
-        lambda p: (p.without("gguf"), arb_hf.export.export_gguf(arb_hf.from_pretrained(PACKED), None, "x.gguf")), ImportError,
-        "exporting GGUF needs the package gguf: pip install 'arb_hf[gguf]'",
+        lambda p: (p.without("gguf"), arb_hf.export.export_gguf(arb_hf.from_pretrained(PACKED), None, "x.gguf")),
+        ImportError, "exporting GGUF needs the package gguf: pip install 'arb_hf[gguf]'",
     ),
     "without matplotlib": (
         lambda p: (p.without("matplotlib"), arb_hf.ArbReport({}, "x", 0, 0).plot("x.png")), ImportError,
         "drawing needs matplotlib: pip install 'arb_hf[plot]'",
     ),
     "without peft": (
-        lambda p: (p.without("peft"), __import__("arb_hf.lora").lora.lora_config(arb_hf.from_pretrained(PACKED))), ImportError,
-        "arb_hf.lora needs PEFT: pip install 'arb_hf[lora]'",
+        lambda p: (p.without("peft"), __import__("arb_hf.lora").lora.lora_config(arb_hf.from_pretrained(PACKED))),
+        ImportError, "arb_hf.lora needs PEFT: pip install 'arb_hf[lora]'",
     ),
     "an output folder that cannot be written": (
         lambda p: p.command("quantize", p.model, "/proc/out"), OSError,
         "/proc/out cannot be written: No such file or directory",
     ),
     "a file in the output folder's place": (
-        lambda p: p.command("quantize", p.model, "text.txt/out"), OSError, "text.txt/out cannot be written: Not a directory",
+        lambda p: p.command("quantize", p.model, "text.txt/out"), OSError,
+        "text.txt/out cannot be written: Not a directory",
     ),
     "a full disk": (
         lambda p: (p.full_disk(), p.command("quantize", p.model, "out")), OSError,
         "the disk of out has 0.0 MB free, too little for what becomes of 0.4 MB",
     ),
     "a full disk for checkpoints": (
-        lambda p: (p.full_disk(), (p.folder / "kept").mkdir(), p.without_pass(checkpoint_dir="kept")), ArbCalibrationError,
-        "the disk of FOLDER/kept has 0.00 MB free, the run needs up to 0.04 MB there (checkpoints of packed layers and calibration "
-        "activations): free some, set checkpoint_dir to a larger disk, or lower num_samples",
+        lambda p: (p.full_disk(), (p.folder / "kept").mkdir(), p.without_pass(checkpoint_dir="kept")),
+        ArbCalibrationError,
+        "the disk of FOLDER/kept has 0.00 MB free, the run needs up to 0.04 MB there (checkpoints of packed layers and "
+        "calibration activations): free some, set checkpoint_dir to a larger disk, or lower num_samples",
     ),
     "a checkpoint folder that cannot be written": (
         lambda p: p.without_pass(checkpoint_dir="/proc/kept"), ArbCalibrationError,
         "checkpoint_dir /proc/kept: the folder could not be written (No such file or directory). Layers stored before are "
-        "whole: mend the disk and run the same command again to continue",
+        "whole: repair or free the disk, then run the same command again to continue",
     ),
     "an output folder with a model in it": (
         lambda p: p.command("quantize", p.model, p.model), SystemExit, "2",

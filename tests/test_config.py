@@ -98,3 +98,22 @@ def test_options_of_a_newer_version_warn():
     with pytest.warns(UserWarning, match="ArbConfig does not know future_option"):
         config = ArbConfig.from_dict({"method": "arb", "future_option": 1})
     assert config.method == "arb"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refinement": "full", "iterations": 3}, 'iterations has no effect with refinement="full"'),
+        ({"method": "billm", "iterations": 3}, 'iterations has no effect with method="billm"'),
+        ({"overrides": {"a": {"method": "billm", "iterations": 3}}}, r"iterations in overrides\['a'\] has no effect"),
+        (
+            {"group_bitmap": False, "overrides": {"a": {"column_group_bitmap": True}}},
+            r"column_group_bitmap in overrides\['a'\] has no effect with group_bitmap=False",
+        ),
+    ],
+)
+def test_options_without_effect_are_told_of_once(options, message):
+    with pytest.warns(UserWarning, match=message) as told:
+        ArbConfig(**options)
+    assert len(told) == 1
+    assert told[0].filename == __file__

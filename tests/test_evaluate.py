@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf.evaluate import evaluation_windows, multiple_choice, perplexity
+from arb_hf.text import tokens as text_tokens
 from helpers.byte_model import byte_tokenizer, byte_tokens, save_byte_model
 from helpers.process import fresh_process
 
@@ -101,6 +103,64 @@ def test_training_mode_and_long_logits_are_left_alone(model, monkeypatch):
 def test_unusable_tokens_are_refused(model, tokens, options, message):
     with pytest.raises(ValueError, match=message):
         perplexity(model, tokens, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: evaluation_windows(None, ["text"]), "of type NoneType: pass a tokenizer, or token ids as one tensor"),
+        (lambda: evaluation_windows({"input_ids": [1]}, ["text"]), "of type dict: .*'input_ids'"),
+        (lambda: evaluation_windows(byte_tokenizer(), [torch.arange(9)]), "row 0 of the text holds token ids"),
+        (lambda: evaluation_windows(byte_tokenizer(), ["  "]), "the text is empty"),
+        (lambda: perplexity(None, torch.ones(1, 8), batch_size=0), "batch_size=0"),
+        (lambda: multiple_choice(None, None, ITEMS, batch_size=0), "batch_size=0"),
+        (lambda: multiple_choice(None, None, ITEMS, max_items=-1), "max_items=-1"),
+        (lambda: multiple_choice(None, None, "nowhere.jsonl"), "the file of items nowhere.jsonl does not exist"),
+        (lambda: multiple_choice(None, None, {"test": ITEMS}), "the items are a mapping with 'test'"),
+        (lambda: multiple_choice(None, None, [{"query": "q", "choices": "ab", "gold": 0}]), "item 0 is not"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_model_is_used(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_arguments_without_effect_are_told_of():
+    with pytest.warns(UserWarning, match="text has no effect: tokens are given"):
+        evaluation_windows(torch.arange(20), ["text"], sequence_length=5)
+    with pytest.warns(UserWarning, match="sequence_length=5 has no effect: the windows given have 10 tokens"):
+        evaluation_windows(torch.arange(20).reshape(2, 10), sequence_length=5)
+
+
+def test_only_the_text_that_the_windows_need_is_read():
+    def rows():
+        for number in itertools.count():
+            assert number < 10_000, "the stream is read for ever"
+            yield f"row {number} " * 50
+
+    windows = evaluation_windows(byte_tokenizer(), rows(), 16, max_windows=3)
+    assert byte_tokenizer().decode(windows.flatten()) == ("row 0 " * 50)[:48]
+
+
+def test_long_texts_are_read_in_sections(monkeypatch):
+    """Cut between words, where a byte-level tokenizer puts the same tokens as for one string."""
+    text = " ".join(f"word{number}" for number in range(2000))
+    expected = evaluation_windows(byte_tokenizer(), [text], 32)
+    monkeypatch.setattr(text_tokens, "SMALL", 500)
+    monkeypatch.setattr(text_tokens, "SECTION", 300)
+    assert torch.equal(evaluation_windows(byte_tokenizer(), [text], 32), expected)
+    assert torch.equal(evaluation_windows(byte_tokenizer(), [text], 32, max_windows=5), expected[:5])
+    monkeypatch.setattr(text_tokens, "ENDLESS", 1000)
+    with pytest.raises(ValueError, match="has not ended after 1,000 characters: pass max_windows"):
+        evaluation_windows(byte_tokenizer(), iter([text]), 32)
+
+
+def test_no_more_items_are_read_than_are_wanted(model):
+    def items():
+        yield ITEMS[0]
+        pytest.fail("a second item was read")
+
+    assert multiple_choice(model, byte_tokenizer(), items(), max_items=1).items == 1
 
 
 def test_a_broken_model_has_no_perplexity(packed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,12 +62,8 @@ def test_quantize_then_load_then_recover(example, here):
         here / "packed" / "model.safetensors"
     ).stat().st_size
     before, after = (arb_hf.from_pretrained(here / name).state_dict() for name in ("packed", "tuned"))
-    assert {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])} == {
-        "row_parameters",
-        "column_scales",
-        "salient_column_scales",
-        "row_absmax",
-    }
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"row_parameters", "column_scales", "salient_column_scales", "row_absmax"}
 
 
 def test_compare_methods(example, here):
@@ -115,6 +112,16 @@ def test_time_of_a_whole_model(benchmark):
     assert "search + update" in printed
     seconds = json.loads(Path("model.json").read_text())["seconds"]
     assert {"capture", "H", "factor", "search", "update", "forward, inputs", "forward, binary"} <= seconds.keys()
+
+
+def test_reading_of_text(tmp_path):
+    program = EXAMPLES / "benchmarks" / "text.py"
+    done = subprocess.run(
+        [sys.executable, program, "--quick"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[4:]]
+    memory = {name.strip(): int(megabytes) for name, _, megabytes, _ in rows}
+    assert max(memory[name] for name in memory if name.startswith("calibration")) < memory["one string"] / 2
 
 
 def test_ablation(benchmark):

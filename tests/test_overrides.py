@@ -88,11 +88,8 @@ def test_options_of_a_module():
     assert config.options("x.up_proj").column_group_bitmap is False
     assert config.options("x.down_proj") == config.options()
     assert (config.keeps("a.b"), config.keeps("x.up_proj"), config.keeps("b")) == ("a", None, None)
-    assert config.module_entry("x.up_proj", 5) == {
-        "salient_columns": 5,
-        "group_bitmap": False,
-        "column_group_bitmap": False,
-    }
+    one_group = {"group_bitmap": False, "column_group_bitmap": False}
+    assert config.module_entry("x.up_proj", 5) == {"salient_columns": 5} | one_group
     assert config.module_entry("x.down_proj", 5) == {"salient_columns": 5}
 
 
@@ -158,6 +155,35 @@ def test_an_override_that_covers_nothing_is_refused(tiny_model):
         binarize(tiny_model, overrides={"*.up_projj": {"block_size": 32}})
     model = binarize(tiny_model, overrides={"lm_head": None, "model.layers.1": None})  # kept anyway: no harm
     assert model.arb_report.coverage.share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("q_porj", r"has 'q_porj': no module has this name, or one that ends in it; did you mean 'q_proj'\?"),
+        ("model.layers.7", "has 'model.layers.7': no module .*; did you mean 'model.layers.[01]'"),
+        ("vision_tower", r"has 'vision_tower': no module .*; see model\.named_modules\(\)"),
+        ("*.q_proj", "names are no patterns: those go in overrides={pattern: None}"),
+    ],
+)
+def test_a_name_to_keep_that_matches_nothing_is_refused(tiny_model, name, message):
+    with pytest.raises(ArbCalibrationError, match=message):
+        binarize(tiny_model, modules_to_not_convert=["lm_head", name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overrides": {"*.up_proj": {"damping": 0.1}, "*.mlp.up_proj": None}}, r"'\*\.up_proj'\] .* more specific"),
+        (
+            {"overrides": {"*.up_proj": {"damping": 0.1}}, "modules_to_not_convert": ["up_proj"]},
+            r"'\*\.up_proj'\] has no effect: what it covers is kept .*in modules_to_not_convert",
+        ),
+    ],
+)
+def test_an_override_that_decides_nothing_is_told_of(tiny_model, options, message):
+    with pytest.warns(UserWarning, match=message):
+        binarize(tiny_model, **options)
 
 
 def test_what_was_asked_to_be_kept_does_not_stop_a_run_and_the_rest_does(tiny_model, monkeypatch):

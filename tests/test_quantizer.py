@@ -69,7 +69,7 @@ def test_report_summary_and_bits_agree(packed, tmp_path):
 def test_calibration_reduces_the_loss_of_outputs(tiny_model):
     """Later layers see the binarized prefix, and the whole model stays nearer to the original than without data."""
     dense = AutoModelForCausalLM.from_pretrained(tiny_model)(IDS).logits
-    worse = binarize(tiny_model, method="billm")(IDS).logits
+    worse = binarize(tiny_model, method="billm", iterations=15)(IDS).logits
     better = binarize(tiny_model, method="arb-rc")(IDS).logits
     assert (better - dense).square().mean() < (worse - dense).square().mean()
 
@@ -246,18 +246,16 @@ def damage_tensors(folder, change):
 
 
 Q = "model.layers.0.self_attn.q_proj"
+W = f"{Q}.weight"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda t: t.pop(f"{Q}.second_plane"), rf"model\.safetensors: tensor {Q}\.second_plane is missing"),
-        (
-            lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].contiguous()}),
-            rf"tensor {Q}\.weight is I32 \[2, 96\]",
-        ),
-        (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].float()}), rf"tensor {Q}\.weight is F32"),
-        (lambda t: t.update({f"{Q}.extra": t[f"{Q}.weight"].clone()}), rf"surplus tensor {Q}\.extra"),
+        (lambda t: t.update({W: t[W][:-1].contiguous()}), rf"tensor {Q}\.weight is I32 \[2, 96\]"),
+        (lambda t: t.update({W: t[W].float()}), rf"tensor {Q}\.weight is F32"),
+        (lambda t: t.update({f"{Q}.extra": t[W].clone()}), rf"surplus tensor {Q}\.extra"),
         (lambda t: t[f"{Q}.row_parameters"].fill_(float("nan")), rf"{Q}\.row_parameters holds NaN"),
         (lambda t: t[f"{Q}.salient_columns"].fill_(255), rf"{Q}\.salient_columns marks 96 columns"),
         (lambda t: t.pop("model.norm.weight"), r"model\.safetensors: tensor model\.norm\.weight is missing"),
@@ -309,3 +307,26 @@ def test_dequantizing_works_after_saving_too(packed, tmp_path):
     dense = arb_hf.dequantize(model)
     assert not any(isinstance(module, BinaryLinear) for module in dense.modules())
     torch.testing.assert_close(dense(IDS).logits, logits, rtol=1e-2, atol=1e-2)
+
+
+def test_tensor_parallelism_is_refused_by_name_before_weights_are_read(packed, tiny_model):
+    """One process suffices: transformers wants to split over as many as there are."""
+    _, folder, _ = packed
+    result = fresh_process(
+        f"""
+import torch.distributed, arb_hf
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+from transformers import AutoModelForCausalLM
+config = arb_hf.ArbConfig(dataset=["w1 w2"])
+for source, options in (({str(folder)!r}, {{}}), ({str(tiny_model)!r}, {{"quantization_config": config}})):
+    try:
+        AutoModelForCausalLM.from_pretrained(source, tp_plan="auto", **options)
+    except ValueError as error:
+        assert "does not support tensor parallelism" in str(error) and "device_map='auto'" in str(error), error
+        print("refused")
+""",
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+    )
+    assert result.stdout.count("refused") == 2, result.stderr

@@ -1,4 +1,4 @@
-"""What each decoder layer is called with: hidden states and arguments, captured in one pass over what precedes them."""
+"""The hidden states and arguments that decoder layers are called with, captured in one pass over what precedes them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..architecture import forward_arguments, input_embeddings
 from ..errors import ArbCalibrationError
 from .batches import Batch
 
@@ -35,11 +36,11 @@ class CapturedBatch:
 
 
 class _Captured(Exception):
-    """The last decoder layer was reached; the head need not run."""
+    """Raised when the last decoder layer is reached; the head need not run."""
 
 
 def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch]) -> Iterator[CapturedBatch]:
-    """Run everything before the decoder layers once per batch and give what each layer is called with.
+    """Run what precedes the decoder layers once per batch and yield the arguments of each layer.
 
     The layers themselves are passed over; the first of each class runs once, to see what it returns. Layers that the
     model does not call on text (cross-attention to images) have no entry in ``arguments``.
@@ -48,14 +49,15 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
         ArbCalibrationError: the model does more between its layers than hand on hidden states, so that they cannot be
             calibrated one after the other.
     """
-    device = next(model.get_input_embeddings().parameters()).device
+    device = next((input_embeddings(model) or model).parameters()).device
+    without_cache = forward_arguments(model, use_cache=False)
     recorder = _Recorder(model, layers)
     for batch in batches:
         recorder.start()
         with _replaced_forwards(layers, recorder):
             try:
-                mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-                model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+                mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask.to(device)}
+                model(input_ids=batch.input_ids.to(device), **mask, **without_cache)
             except _Captured:
                 pass
         if recorder.hidden is None:
@@ -81,7 +83,7 @@ class _Recorder:
         args, kwargs, states = _split_hidden(layer, args, kwargs)
         if index in self.arguments:
             raise ArbCalibrationError(
-                f"{self.model} calls decoder layer {index} several times in one pass: unsupported"
+                f"{self.model} calls decoder layer {index} several times in one pass, which is not supported"
             )
         if self.hidden is None:
             self.hidden = states

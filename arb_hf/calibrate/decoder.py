@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -10,12 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..architecture import field, input_embeddings
+from ..auto import writes_text
 from ..config import ArbConfig
 from ..coverage import Coverage, Matrix
 from ..errors import ArbCalibrationError
 from ..format import WORD
 from ..nn.experts import find_stacks
-from ..overrides import covers
+from ..overrides import covers, select
 
 # Linears that must not be converted, by their path within a decoder layer.
 KEPT_NAMES = (
@@ -25,7 +29,7 @@ KEPT_NAMES = (
     (r"(attention\.output|feed_forward\.value)$", "its model changes the weight when it runs"),
 )
 # Not in the list: out_proj of Mamba-2 and its hybrids. Only their fused training kernel reads its weight.
-ROUTER = "router: what a wrong expert costs is more than its few weights save"
+ROUTER = "router: small, and a wrong expert costs more than its weights would save"
 ROUTER_CLASSES = re.compile(r"Router|Gating|TopKGate|MoEGate|MoeGate")
 ROUTER_NAMES = re.compile(r"(router|gate|wg|shared_expert_gate|shared_gate)")
 # Subclasses of nn.Linear with a forward of their own that is still x W^T + b.
@@ -35,19 +39,20 @@ FEWEST_OUTPUTS = 8
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the ``ModuleList`` of the decoder layers.
+    """Find the ``ModuleList`` of the decoder layers, and its name.
 
-    They are looked for next to the input embeddings, so that a vision tower's layers are not taken for those of the
-    language model: the first list whose elements transformers must not split over devices; failing that, the one that
-    holds the most weights.
+    The search starts next to the input embeddings, so that a vision tower's layers are not taken for those of the
+    language model, or at the whole model where it does not say which these are. It takes the first list whose elements
+    transformers must not split over devices or, failing that, the list that holds the most weights.
 
     Raises:
         ArbCalibrationError: the model is not a decoder-only language model, or has no such list.
     """
     _require_decoder(model)
     names = {module: name for name, module in model.named_modules()}
-    path = names.get(model.get_input_embeddings(), "").split(".")
-    for depth in range(len(path) - 1, -1, -1):
+    embeddings = input_embeddings(model)
+    path = [] if embeddings is None else names.get(embeddings, "").split(".")
+    for depth in range(max(len(path) - 1, 0), -1, -1):
         prefix = ".".join(path[:depth])
         root = model.get_submodule(prefix)
         lists = [each for each in root.modules() if isinstance(each, nn.ModuleList) and len(each)]
@@ -65,30 +70,32 @@ def _weights(module: nn.Module) -> int:
 
 def _require_decoder(model: PreTrainedModel) -> None:
     kind, advice = type(model).__name__, "arb_hf binarizes decoder-only (causal) language models"
-    config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ArbCalibrationError(f"{kind} is an encoder-decoder model; {advice}")
-    if not model.can_generate():
-        raise ArbCalibrationError(f"{kind} does not generate text; {advice}: load it with AutoModelForCausalLM")
+    flags = {getattr(module, "is_causal", None) for module in model.modules()} - {None}
+    # A classifier, or a model without a head: of a decoder, if its config makes a language model and it attends as one.
+    if not model.can_generate() and (flags == {False} or not writes_text(model.config.to_dict())):
+        raise ArbCalibrationError(f"{kind} does not generate text, and its backbone is no decoder's; {advice}")
     # GPT-NeoX's config says False too, but its attention is causal.
-    causal = any(getattr(module, "is_causal", None) is True for module in model.modules())
-    if getattr(config, "is_decoder", True) is False and not causal:
+    causal = True in flags
+    if field(model, "is_decoder", True) is False and not causal:
         raise ArbCalibrationError(f"{kind} is an encoder (config.is_decoder is False); {advice}")
-    if getattr(config, "add_cross_attention", False):
+    if field(model, "add_cross_attention", False):
         raise ArbCalibrationError(f"{kind} attends to an encoder (config.add_cross_attention); {advice}")
 
 
 def survey(
     model: PreTrainedModel, prefix: str, layers: nn.ModuleList, config: ArbConfig, skip: Iterable[str]
 ) -> Coverage:
-    """What of the decoder layers is to be binarized, what is kept and why. Looks at names and shapes only.
+    """Say which matrices of the decoder layers are binarized, which are kept, and why; from names and shapes only.
 
     Args:
         prefix, layers: from :func:`find_decoder_layers`.
         skip: names of modules that stay in full precision.
 
     Raises:
-        ArbCalibrationError: an override covers nothing in the model, or two of them contradict each other.
+        ArbCalibrationError: an override or a name to keep matches nothing in the model, or two overrides contradict
+            each other.
     """
     skip, asked = tuple(skip), tuple(config.modules_to_not_convert or ())
     holders = Counter(id(each) for module in model.modules() for each in module.parameters(recurse=False))
@@ -173,20 +180,45 @@ def _why_kept(name: str, module: nn.Module, layer: nn.Module, model: PreTrainedM
 
 def _too_narrow(out_features: int, in_features: int) -> str | None:
     if in_features < WORD or out_features < FEWEST_OUTPUTS:
-        return f"too narrow ({out_features} x {in_features}): its scales would take more than its bits save"
+        return f"too narrow ({out_features} x {in_features}): its scales would take more than its bits would save"
     return None
 
 
 def _require_used(config: ArbConfig, model: PreTrainedModel, matrices: list[Matrix]) -> None:
+    """Refuse names that match nothing, and warn of overrides that decide nothing."""
+    modules = [name for name, _ in model.named_modules() if name]
+    names = dict.fromkeys([*modules, *(each.name for each in matrices)])
+    for kept in config.modules_to_not_convert or ():
+        if not any(is_skipped(name, (kept,)) for name in names):
+            raise ArbCalibrationError(f"modules_to_not_convert has {kept!r}: no module{_meant(kept, names)}")
     for pattern, options in (config.overrides or {}).items():
-        if any(covers(pattern, each.name) for each in matrices):
+        covered = [each for each in matrices if covers(pattern, each.name)]
+        if not covered:
+            if options is None and any(covers(pattern, name) for name in modules):
+                continue  # kept anyway
+            example = matrices[0].name if matrices else "there are none"
+            raise ArbCalibrationError(
+                f"overrides[{pattern!r}] covers no weight matrix of the decoder layers; their names are like {example}"
+            )
+        decided = [each for each in covered if select(config.overrides or {}, each.name) == pattern]
+        if not decided:
+            why = "more specific patterns decide for all that it covers"
+        elif options is not None and all(each.kept is not None for each in decided):
+            why = f"what it covers is kept in full precision ({decided[0].name}: {decided[0].kept})"
+        else:
             continue
-        if options is None and any(covers(pattern, name) for name, _ in model.named_modules()):
-            continue  # kept anyway
-        example = matrices[0].name if matrices else "there are none"
-        raise ArbCalibrationError(
-            f"overrides[{pattern!r}] covers no weight matrix of the decoder layers; their names are like {example}"
-        )
+        warnings.warn(f"ArbConfig: overrides[{pattern!r}] has no effect: {why}", stacklevel=2)
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    """The rest of an error about a name that matches nothing: where patterns go, or what may have been meant."""
+    if any(sign in name for sign in "*?[\\^$"):
+        return " has this name, and names are no patterns: those go in overrides={pattern: None}"
+    ends = {".".join(parts[at:]) for parts in (each.split(".") for each in names) for at in range(len(parts))}
+    near = difflib.get_close_matches(name, sorted(end for end in ends if end.count(".") == name.count(".")), 1)
+    return " has this name, or one that ends in it" + (
+        f"; did you mean {near[0]!r}?" if near else "; see model.named_modules()"
+    )
 
 
 def is_skipped(name: str, skip: Iterable[str]) -> bool:

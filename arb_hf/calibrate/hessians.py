@@ -75,7 +75,7 @@ class InputGroup:
         return max(self.inputs - self.tokens, 0) if self.lent.tokens else 0
 
     def hessian(self) -> Tensor | None:
-        """``(2 / N) * sum_s X_s^T X_s``, as GPTQ has it (arXiv 2210.17323, section 3); None if no calibration token came by.
+        """``(2 / N) * sum_s X_s^T X_s``, as GPTQ has it (arXiv 2210.17323, section 3); None if no calibration token reached it.
 
         With fewer own tokens than inputs the sum has no full rank. It is then shrunk towards the lent tokens: as many
         of these are added, at their average, as are missing. Without own tokens it is their average alone.
@@ -91,7 +91,7 @@ class InputGroup:
 
     @property
     def finite(self) -> bool:
-        """Whether no NaN or infinite input came by."""
+        """Whether all inputs were finite."""
         totals = (moment.total for moment in (self.own, self.lent))
         return all(bool(torch.isfinite(total).all()) for total in totals if total is not None)
 
@@ -182,7 +182,7 @@ def _own_moments(
 
 
 class _AllSeen(Exception):
-    """Every linear has got its input; the layer need not run to its end."""
+    """Raised when every linear has its input; the layer need not run to its end."""
 
 
 def _lend(layer: nn.Module, starved: dict[nn.Linear, InputGroup], captured: list[CapturedBatch], index: int) -> None:
@@ -233,7 +233,7 @@ def expert_lists(layer: nn.Module) -> list[list[nn.Module]]:
 
 
 def has_experts(layer: nn.Module) -> bool:
-    """Does a decoder layer choose experts for its tokens? They may be taken apart, in a list, or still in stacks."""
+    """Whether a decoder layer routes tokens to experts, be these separate modules in a list or still stacked."""
     return bool(expert_lists(layer)) or any(find_stacks(module) is not None for module in layer.modules())
 
 
@@ -249,7 +249,7 @@ def input_hooks(pairs) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _padding_unrouted(layer: nn.Module, mask: Tensor | None) -> Iterator[None]:
-    """Send padding to no expert: the rows an expert sees do not tell which of them are padding."""
+    """Send padding to no expert: an expert cannot tell which of its rows are padding."""
 
     def hide(module: BinaryExperts, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert mask is not None

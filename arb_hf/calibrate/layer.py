@@ -75,7 +75,7 @@ def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict
 
 
 def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
-    """Tune the layer where that is asked for; the tuned weights take the places of those in ``results``."""
+    """Tune the layer if the config asks for it; the tuned weights replace those in ``results``."""
     layer, config = run.layers[index], run.config
     names = [name for name in results if config.options(run.full_name(index, name)).refinement == "full"]
     if index not in run.tunable or not names:
@@ -109,7 +109,7 @@ def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
 def _restore(
     run: Run, index: int, linears: dict[str, nn.Linear], tensors: dict[str, Tensor], document: dict[str, Any]
 ) -> tuple[dict[str, BinaryLinear], Records]:
-    """A stored layer: its packed modules, its records; other tensors that had changed are put into the layer."""
+    """Restore a stored layer: return its packed modules and records, and put other changed tensors into the layer."""
     assert run.config.modules is not None
     run.config.modules |= document["modules"]
     packed = {}
@@ -139,7 +139,7 @@ def _follow(run: Run, index: int) -> None:
 
 
 def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[str, BinaryLinear]) -> None:
-    """The next layer's inputs come through the binary weights: dense for one pass, decoded once, then replaced."""
+    """Compute the next layer's inputs with the binary weights: decoded once to dense ones, then replaced."""
     layer = run.layers[index]
     for name, module in packed.items():
         dense = module.binary_weight().dequantize(linears[name].weight.dtype)

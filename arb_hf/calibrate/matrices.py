@@ -35,7 +35,7 @@ def binarize_matrices(
     processes: Processes,
     clock: Callable[[str], AbstractContextManager],
 ) -> Results:
-    """Binarize a decoder layer's linears from the inputs they get in it, as many Hessians at a time as memory allows.
+    """Binarize a decoder layer's linears with Hessians of their inputs, as many at a time as memory allows.
 
     Args:
         layer: in full precision, on the execution device; not changed.
@@ -86,7 +86,7 @@ def _binarize_groups(
 
 
 def _side_by_side(work: Callable[[InputGroup], Results], groups: list[InputGroup], threads: int) -> list[Results]:
-    """Each group on one of torch's threads, whatever their number: the last bits of sums depend on it."""
+    """Run each group on one thread, whatever torch's setting: the last bits of sums depend on the number of threads."""
     with ThreadPoolExecutor(min(threads, len(groups)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             return list(pool.map(work, groups))
@@ -96,7 +96,7 @@ def _side_by_side(work: Callable[[InputGroup], Results], groups: list[InputGroup
 
 
 def _require_finite(groups: list[InputGroup], linears: dict[str, nn.Linear]) -> None:
-    """Where inputs are not finite, name the first cause on the way of the forward pass: inputs, or a weight before them."""
+    """If inputs are not finite, name the first cause in the order of the forward pass: the inputs, or a weight before."""
     if all(group.finite for group in groups):
         return  # weights are looked at one by one as they are binarized
     for group in groups:

@@ -1,4 +1,4 @@
-"""A whole run: what can refuse it, the inputs of the first decoder layer, then one layer after the other."""
+"""A whole run: checks that can refuse it, the inputs of the first decoder layer, then one layer after the other."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +18,18 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import native
+from ..architecture import (
+    has_custom_code,
+    longest_sequence,
+    require_savable_generation,
+    vocabulary,
+    without_cache,
+)
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
 from ..report import ArbReport
-from ..text import load_tokenizer
+from ..text import load_tokenizer, plain_tokenizer
 from .batches import Batch, load_batches
 from .capture import capture
 from .decoder import find_decoder_layers, survey
@@ -59,6 +65,7 @@ def binarize_model(
         raise ArbCalibrationError(
             "the model is in training mode, where dropout would disturb calibration: call model.eval()"
         )
+    require_savable_generation(model)
     prefix, layers = find_decoder_layers(model)
     coverage = survey(model, prefix, layers, config, skip)
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
@@ -70,7 +77,7 @@ def binarize_model(
     with contextlib.ExitStack() as stack:
         spool, batches = processes.together(lambda: _prepare(run, report, skip, stack))
         stack.enter_context(explained_stops(run.how_to_resume))
-        stack.enter_context(_without_cache(model))
+        stack.enter_context(without_cache(model))
         with run.clock("capture"):
             fetch_outside(model, layers)
             captured = capture(model, layers, batches)
@@ -92,13 +99,13 @@ def binarize_model(
     wanted = [each.name for each in run.coverage.matrices if each.kept is None]
     unused = [name for name in wanted if name not in config.modules]
     if unused:
-        logger.warning("kept, because their models never called them: %s", ", ".join(unused))
+        logger.warning("kept in full precision, because the model never called them: %s", ", ".join(unused))
     report.coverage = run.coverage.keeping(unused, "its model does not call it")
     return report
 
 
 def _layer_after_layer(run: Run, called: list[int], report: ArbReport) -> None:
-    """Binarize those layers in their order; what was done goes into the report, how far it is to the log."""
+    """Binarize those layers in their order; results go into the report, progress into the log."""
     with transformers_logging.tqdm(
         total=len(called), desc="Binarizing", unit="layer", disable=not run.processes.leads
     ) as bar:
@@ -118,7 +125,7 @@ def _layer_after_layer(run: Run, called: list[int], report: ArbReport) -> None:
 
 
 def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.ExitStack) -> tuple[Spool, list[Batch]]:
-    """Everything that can refuse a run: data, sizes, the folder of checkpoints. Then this process's share."""
+    """Check everything that can refuse a run (data, sizes, the folder of checkpoints), then take this process's share."""
     config, processes = run.config, run.processes
     everything = _load_data(run.model, config)
     batches = processes.share(everything)
@@ -140,10 +147,10 @@ def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.Exi
 
 
 def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[int]:
-    """The decoder layers to tune: those with matrices refined by "full" and without experts.
+    """Indices of the decoder layers to tune: those with matrices refined by "full" and without experts.
 
     Args:
-        batches: of the process that has the fewest; one of them is held out.
+        batches: number of batches of the process that has the fewest; one of them is held out.
     """
     if not run.config.tune_steps:
         return frozenset()
@@ -151,7 +158,7 @@ def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[in
     left_out = {index for index in full if has_experts(run.layers[index])}
     if left_out:
         logger.warning(
-            "%d of %d decoder layers are not tuned: which experts a token goes to is no matter of gradients",
+            "%d of %d decoder layers are not tuned: routing tokens to experts has no gradient",
             len(left_out),
             len(full),
         )
@@ -165,7 +172,7 @@ def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[in
 
 
 def _surroundings(run: Run, report: ArbReport) -> dict[str, Any]:
-    """What else than model, data and options decides the last bits: versions, hardware, threads, processes."""
+    """What decides the last bits besides model, data and options: versions, hardware, threads, processes."""
     device = run.device.type if run.device.type == "cpu" else torch.cuda.get_device_name(run.device)
     machine = {
         "device": device,
@@ -182,18 +189,23 @@ def _load_data(model: PreTrainedModel, config: ArbConfig) -> list[Batch]:
     def own_tokenizer() -> Any:
         tokenizer = config.tokenizer if config.tokenizer is not None else model.name_or_path
         if not isinstance(tokenizer, str | os.PathLike):
-            return tokenizer
+            return plain_tokenizer(tokenizer)
+        # Who loaded custom code with the model has allowed it for the model's folder, and for no other.
+        trusted = has_custom_code(model) and str(tokenizer) == model.name_or_path
         try:
-            return load_tokenizer(tokenizer)
+            return load_tokenizer(tokenizer, trust_remote_code=trusted)
         except Exception as error:
+            if "trust_remote_code" in str(error):  # transformers has no type for this
+                raise ArbCalibrationError(
+                    f"the tokenizer of {tokenizer!r} comes with code of its own: if you trust it, pass "
+                    "tokenizer=AutoTokenizer.from_pretrained(..., trust_remote_code=True)"
+                ) from error
             raise ArbCalibrationError(
                 f"no tokenizer could be loaded from {tokenizer!r} ({type(error).__name__}); "
                 "pass tokenizer= or token tensors"
             ) from error
 
-    text_config = model.config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)
-    return load_batches(config, own_tokenizer, text_config.vocab_size, limit)
+    return load_batches(config, own_tokenizer, vocabulary(model), longest_sequence(model))
 
 
 def _versions() -> dict[str, str]:
@@ -204,13 +216,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _without_cache(model: PreTrainedModel) -> Iterator[None]:
-    use_cache = model.config.get_text_config().use_cache
-    model.config.get_text_config().use_cache = False
-    try:
-        yield
-    finally:
-        model.config.get_text_config().use_cache = use_cache

@@ -15,20 +15,20 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
-from accelerate.utils import get_balanced_memory, infer_auto_device_map, named_module_tensors
-from torch import Tensor, nn
+from accelerate.utils import get_balanced_memory, infer_auto_device_map
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ArbCalibrationError
 from ..nn import BinaryLinear
+from ..nn.offloaded import fetch, fetch_all, offload_hooks
 
 logger = logging.getLogger(__name__)
 HOST = ("cpu", "disk")
@@ -117,24 +117,6 @@ def _device(device: Any) -> torch.device:
     return torch.device(device)
 
 
-def fetch(module: nn.Module) -> None:
-    """Give a module's own parameters back what accelerate keeps of them on disk, and take its hook off."""
-    for hook in _offload_hooks(module):
-        for name, tensor in list(named_module_tensors(module, include_buffers=hook.offload_buffers)):
-            if tensor.device.type == "meta" and name in hook.weights_map:
-                value = hook.weights_map[name]
-                if isinstance(tensor, nn.Parameter):
-                    value = nn.Parameter(value, requires_grad=False)
-                setattr(module, name, value)
-    remove_hook_from_module(module)
-
-
-def fetch_layer(layer: nn.Module) -> None:
-    """:func:`fetch` everything in a decoder layer."""
-    for module in list(layer.modules()):
-        fetch(module)
-
-
 def fetch_outside(model: PreTrainedModel, layers: nn.ModuleList) -> None:
     """:func:`fetch` everything but the decoder layers; weights that are tied stay so.
 
@@ -157,35 +139,14 @@ def fetch_outside(model: PreTrainedModel, layers: nn.ModuleList) -> None:
         )
 
 
-def stored_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Names of a module's parameters and how to read each, from disk where accelerate keeps it there."""
-    for child_name, child in module.named_modules(prefix=prefix):
-        maps = [hook.weights_map for hook in _offload_hooks(child)]
-        for name, parameter in child.named_parameters(recurse=False):
-            source = next((each for each in maps if parameter.device.type == "meta" and name in each), None)
-            full = f"{child_name}.{name}" if child_name else name
-            yield full, functools.partial(_read, parameter, source, name)
-
-
-def _read(parameter: nn.Parameter, source: Mapping[str, Tensor] | None, name: str) -> Tensor:
-    return parameter.data if source is None else source[name]
-
-
 def offload_folder(model: nn.Module) -> str | None:
     """The folder the user gave accelerate for what is on disk, if any."""
     for module in model.modules():
-        for hook in _offload_hooks(module):
+        for hook in offload_hooks(module):
             folder = getattr(getattr(hook.weights_map, "dataset", None), "save_folder", None)
             if folder is not None:
                 return str(folder)
     return None
-
-
-def _offload_hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    hook = getattr(module, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    aligning = [each for each in hooks if isinstance(each, AlignDevicesHook)]
-    return [each for each in aligning if each.offload and each.weights_map is not None]
 
 
 def keep_stored_types(model: nn.Module) -> None:
@@ -194,7 +155,7 @@ def keep_stored_types(model: nn.Module) -> None:
     transformers 5.0 has it cast everything to the model's dtype, planes of bits too: the outputs would be noise.
     """
     for module in [each for each in model.modules() if isinstance(each, BinaryLinear)]:
-        for hook in _offload_hooks(module):
+        for hook in offload_hooks(module):
             index = getattr(getattr(hook.weights_map, "dataset", None), "index", {})
             prefix = getattr(hook.weights_map, "prefix", "")
             for part, (_, dtype) in module.form.tensors().items():
@@ -205,8 +166,8 @@ def keep_stored_types(model: nn.Module) -> None:
 
 @contextmanager
 def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """A decoder layer on the execution device; what it has become goes back to the CPU."""
-    fetch_layer(layer)
+    """Bring a decoder layer to the execution device, and its binary form back to the CPU."""
+    fetch_all(layer)
     if device.type == "cpu":
         yield
     else:

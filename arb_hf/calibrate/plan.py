@@ -1,4 +1,4 @@
-"""What a run will take, worked out and checked before the first forward pass."""
+"""The memory and disk space that a run needs, computed and checked before the first forward pass."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..architecture import hidden_size
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
@@ -82,8 +83,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a run of which this process has ``batches``; ``tuned``: layers are tuned after they are binarized."""
     tokens = sum(batch.input_ids.numel() + 64 for batch in batches)
-    embedding = next(iter(model.get_input_embeddings().parameters()))
-    hidden = getattr(model.config.get_text_config(), "hidden_size", embedding.shape[-1])
+    hidden = hidden_size(model)
     followed = 2 if tuned else 1  # hidden states of the binarized model, and of the full-precision one
     activations = int(tokens * hidden * model.dtype.itemsize) * followed
     packed = sum(_packed_bytes(matrix, config) for matrix in matrices)
@@ -104,7 +104,7 @@ def make_plan(
 
 
 def check_plan(plan: Plan, config: ArbConfig, finished: float, processes: int, device: torch.device) -> None:
-    """Say what the run takes, and refuse what cannot work.
+    """Log what the run needs, and refuse one that cannot work.
 
     Args:
         finished: the share of the decoder layers that is stored already.
@@ -155,7 +155,7 @@ def spool_folder(config: ArbConfig) -> str:
 
 
 def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
-    """At most: with every salient column that the options allow."""
+    """Upper bound: with every salient column that the options allow."""
     options = config.options(matrix.name)
     starts = range(0, matrix.in_features, options.block_size)
     widths = [min(options.block_size, matrix.in_features - start) for start in starts]

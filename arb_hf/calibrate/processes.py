@@ -1,4 +1,4 @@
-"""Several processes on one run: sequences shared out, Hessians summed, matrices of a decoder layer shared out.
+"""Several processes on one run: they share the sequences, sum their Hessians, and share the matrices of a layer.
 
 Every process holds the whole model (its mapped pages are shared on one machine) and goes through the same decoder
 layers in step. What is summed or sent is the same bits on every process, so they stay equal.
@@ -125,7 +125,7 @@ class Processes:
         return summed
 
     def _sum_moments(self, local: list[Moment], size: int, device: torch.device) -> Moment:
-        """The sum of one moment over processes, at most one of ``local`` having seen tokens."""
+        """Sum one moment over processes; at most one of ``local`` has seen tokens."""
         mine = next((moment for moment in local if moment.total is not None), Moment())
         tokens = sum(self.gather(mine.tokens))
         if not tokens:
@@ -135,13 +135,13 @@ class Processes:
         return Moment(total, tokens)
 
     def average(self, tensor: Tensor) -> None:
-        """In place: the mean of the processes' tensors, on every process the same."""
+        """Replace each tensor by its mean over the processes, the same on all of them."""
         if self.count > 1:
             self._talk(dist.all_reduce, tensor)
             tensor /= self.count
 
     def owners(self, groups: list[InputGroup], linears: dict[str, nn.Linear]) -> dict[str, int]:
-        """Which process binarizes which matrix: the costliest first, each where it is finished earliest."""
+        """Assign matrices to processes: the costliest first, each to the process that would finish it earliest."""
         load = [0.0] * self.count
         factorized: list[set[int]] = [set() for _ in groups]
         matrices = [

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from ..config import ArbConfig
 from ..errors import ArbCalibrationError
+from ..nn.offloaded import stored_tensors
 from .batches import Batch
-from .offload import stored_tensors
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -91,7 +91,7 @@ class LayerStore:
         return sorted(int(path.stem.rpartition("-")[2]) for path in self.directory.glob("layer-*.json"))
 
     def save(self, index: int, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
-        """Store one finished decoder layer: its tensors, and whatever else JSON can say about it.
+        """Store one finished decoder layer: its tensors, and a JSON document about it.
 
         Raises:
             ArbCalibrationError: the disk is full or cannot be written; the layers stored before stay valid.
@@ -126,12 +126,12 @@ class LayerStore:
         except OSError as error:
             raise ArbCalibrationError(
                 f"checkpoint_dir {self.directory}: {what} could not be written ({error.strerror or error}). "
-                "Layers stored before are whole: mend the disk and run the same command again to continue"
+                "Layers stored before are whole: repair or free the disk, then run the same command again to continue"
             ) from error
 
 
 def _locked(path: Path) -> Any:
-    """An open file locked for this process; the system lets go of it however the process ends."""
+    """Open a file locked for this process; the system releases it however the process ends."""
     import fcntl  # POSIX only, as far as resuming is concerned
 
     file = path.open("a")
@@ -146,7 +146,7 @@ def _locked(path: Path) -> Any:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all: beside, flushed, renamed, and the rename flushed."""
+    """Write a file whole or not at all: under another name, flushed, renamed, and the rename flushed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -240,7 +240,7 @@ def differences(stored: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 def kept_digests(layer: nn.Module, replaced: Iterable[str]) -> dict[str, str]:
-    """A digest of every tensor in a decoder layer's state dict, those of modules to be ``replaced`` apart."""
+    """Digest every tensor in a decoder layer's state dict, except those of modules to be ``replaced``."""
     replaced = tuple(f"{name}." for name in replaced)
     return {
         name: hashlib.blake2b(as_bytes(tensor), digest_size=16).hexdigest()
@@ -250,7 +250,7 @@ def kept_digests(layer: nn.Module, replaced: Iterable[str]) -> dict[str, str]:
 
 
 def changed_tensors(layer: nn.Module, digests: dict[str, str], packed: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What to store of a binarized decoder layer: its packed modules, and every other tensor that is not as it was."""
+    """Tensors to store of a binarized decoder layer: its packed modules, and every other tensor that has changed."""
     now = kept_digests(layer, packed)
     tensors = {name: tensor for name, tensor in layer.state_dict().items() if now.get(name) != digests.get(name)}
     for name, module in packed.items():
@@ -260,7 +260,7 @@ def changed_tensors(layer: nn.Module, digests: dict[str, str], packed: Mapping[s
 
 @contextmanager
 def explained_stops(how_to_resume: Callable[[], str]) -> Iterator[None]:
-    """Within, SIGTERM ends the run like Ctrl-C does, and whatever ends it is logged with how to resume.
+    """Let SIGTERM end the run as Ctrl-C does, and log how to resume when the run is stopped.
 
     The layer at work is abandoned; those that are stored are whole at any moment.
     """

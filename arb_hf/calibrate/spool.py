@@ -71,7 +71,7 @@ class Spool:
 
 
 def updated(place: Tensor, hidden: Tensor) -> Tensor:
-    """A layer's output, in the place of its input where it fits."""
+    """Store a layer's output in place of its input where it fits."""
     if hidden.shape == place.shape and hidden.dtype == place.dtype:
         return place.copy_(hidden)
     return hidden.to("cpu")

@@ -1,4 +1,4 @@
-"""Tuning a decoder layer by gradient: codes, scales and norms learn to return what the full-precision model has.
+"""Tune a decoder layer by gradient: codes, scales and norms learn to reproduce the full-precision model's outputs.
 
 The layer's inputs come through the binarized layers before it, its targets from the full-precision model at the same
 place, so that a layer also makes up for the drift of those before it. The format stays as it is: latent weights
@@ -125,7 +125,7 @@ def best_alone(
     index: int,
     processes: Processes,
 ) -> dict[str, Tensor]:
-    """What each weight would best be while all others stay: ``Q + (W - Q) H / diag(H)``, ``[n, m]`` by name.
+    """The best value of each weight while all others stay: ``Q + (W - Q) H / diag(H)``, ``[n, m]`` by name.
 
     Where H takes part only through two products, so that one pass over the batches gives them and no H is held.
     """
@@ -290,7 +290,7 @@ def _vectors(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _replace(layer: nn.Module, name: str, value: Tensor) -> None:
-    """A new parameter in the place of another, whose memory may be the checkpoint's."""
+    """Replace a parameter by a new one: the old one's memory may be the checkpoint's."""
     path, _, key = name.rpartition(".")
     old = layer.get_parameter(name)
     setattr(layer.get_submodule(path), key, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))

@@ -21,18 +21,21 @@ from typing import Any
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .. import evaluate as evaluation
 from ..bits import bits_per_weight, summary
 from ..config import ArbConfig
 from ..export import export_dense, export_gguf
+from ..export.gguf import require_gguf
+from ..folders import require_place
 from ..format.headers import REPORT_FILE, inspect_folder
-from ..hub.load import from_pretrained, load_report, require_there
-from ..hub.publish import push_folder, save_pretrained, write_card
+from ..hub.load import from_pretrained, load_report
+from ..hub.publish import push_folder
+from ..hub.save import require_arguments, save_pretrained, write_card
 from ..report import ArbReport, Measurement, plot_comparison
-from ..text import load_tokenizer
+from .loading import find_processor, find_tokenizer, load, naming, need, read_config, refuse_quantized
 
 logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -40,7 +43,7 @@ Said = tuple[dict[str, Any], str]
 
 
 def run(args: argparse.Namespace) -> Said:
-    """The command that was asked for."""
+    """Run the command that was asked for."""
     commands = {each.__name__: each for each in (quantize, evaluate, compare, push, export)}
     with _progress():
         return commands[args.command](args)
@@ -54,24 +57,31 @@ def quantize(args: argparse.Namespace) -> Said:
         config = ArbConfig(**options)
     except ValueError as error:
         args.usage_error(str(error))
+    try:
+        require_arguments(None, args.base_model, {"max_shard_size": args.max_shard_size})
+    except ValueError as error:
+        args.usage_error(str(error))
     _refuse_existing(args, out)
-    _refuse_quantized(args.model)
+    refuse_quantized(args.model, args.trust_remote_code)
     with _writable(out, args.model):
         return _quantize(args, config, dtype, out)
 
 
 def _quantize(args: argparse.Namespace, config: ArbConfig, dtype: Any, out: Path) -> Said:
-    tokenizer = _tokenizer(args.model)
+    tokenizer = find_tokenizer(args.model, args.trust_remote_code)
+    processor = find_processor(args.model, tokenizer, args.trust_remote_code)
+    if config.tokenizer is None:  # loaded once, and with its own code where that is trusted
+        config.tokenizer = tokenizer
     windows = None
     if args.evaluate:
-        windows = _windows(_need(tokenizer, args.model), args.evaluate, args)
-        before = evaluation.perplexity(_load(args.model, dtype, args.device_map), windows)
-    model = _load(args.model, dtype, args.device_map, quantization_config=config)
+        windows = _windows(need(tokenizer, args.model), args.evaluate, args)
+        before = evaluation.perplexity(load(args.model, dtype, args), windows)
+    model = load(args.model, dtype, args, quantization_config=config)
     report: ArbReport = model.arb_report  # type: ignore[assignment]
     if windows is not None:
         report.add(_perplexity(model, windows, args.evaluate, before))
     if _first_process():
-        save_pretrained(model, tokenizer, out, base_model=args.base_model, max_shard_size=args.max_shard_size)
+        save_pretrained(model, processor, out, base_model=args.base_model, max_shard_size=args.max_shard_size)
     result = {
         "folder": str(out),
         "bits_per_weight": bits_per_weight(model),
@@ -90,6 +100,7 @@ def evaluate(args: argparse.Namespace) -> Said:
         args.usage_error("nothing to measure: pass --text or --items")
     if args.save and not os.path.isfile(os.path.join(args.model, REPORT_FILE)):
         args.usage_error(f"--save keeps figures in {REPORT_FILE} of a folder written by arb_hf; {args.model} has none")
+    report = ArbReport.from_json(os.path.join(args.model, REPORT_FILE)) if args.save else None
     measured, dtype = _measure(args.model, dtype, args)
     if args.baseline:
         originals, _ = _measure(args.baseline, dtype, args)
@@ -97,8 +108,7 @@ def evaluate(args: argparse.Namespace) -> Said:
             Measurement(each.metric, each.data, each.protocol, each.value, original.value)
             for each, original in zip(measured, originals, strict=True)
         ]
-    if args.save:
-        report = ArbReport.from_json(os.path.join(args.model, REPORT_FILE))
+    if report is not None:
         for each in measured:
             report.add(each)
         report.to_json(os.path.join(args.model, REPORT_FILE))
@@ -107,8 +117,10 @@ def evaluate(args: argparse.Namespace) -> Said:
 
 
 def compare(args: argparse.Namespace) -> Said:
-    """``arb-hf compare``: bits, sizes, output errors by kind of layer, and what was measured of both."""
+    """``arb-hf compare``: bits, sizes, output errors by kind of layer, and what was measured of each."""
     names = (args.a, args.b)
+    if args.plot:
+        _refuse_plot(args)
     summaries = [inspect_folder(name) for name in names]
     for name, each in zip(names, summaries, strict=True):
         if each["bits_per_weight"] is None:
@@ -139,6 +151,20 @@ def compare(args: argparse.Namespace) -> Said:
     return {"models": list(names), "rows": [list(row) for row in rows]}, "\n".join(cells)
 
 
+def _refuse_plot(args: argparse.Namespace) -> None:
+    """Refuse a plot that cannot be drawn, before anything is read for it."""
+    from matplotlib.figure import Figure  # an extra of the package; the error says its name
+
+    known = Figure().canvas.get_supported_filetypes()
+    suffix = Path(args.plot).suffix.removeprefix(".")
+    if suffix.lower() not in known:
+        args.usage_error(
+            f"--plot {args.plot}: end the name with one of {', '.join(f'.{each}' for each in sorted(known))}"
+        )
+    if not Path(args.plot).absolute().parent.is_dir():
+        args.usage_error(f"--plot {args.plot}: there is no such folder")
+
+
 def _reports(names: Sequence[str], reports: Sequence[ArbReport | None]) -> list[ArbReport]:
     """All the reports, or an error that names the model without one."""
     for name, report in zip(names, reports, strict=True):
@@ -148,7 +174,7 @@ def _reports(names: Sequence[str], reports: Sequence[ArbReport | None]) -> list[
 
 
 def push(args: argparse.Namespace) -> Said:
-    """``arb-hf push``."""
+    """``arb-hf push``: publish a folder."""
     commit = push_folder(
         args.folder,
         args.repo_id,
@@ -164,15 +190,27 @@ def push(args: argparse.Namespace) -> Said:
 
 def export(args: argparse.Namespace) -> Said:
     """``arb-hf export``: says what is lost. A folder that holds a model is not written to."""
+    for option, format in (("dtype", "dense"), ("type", "gguf"), ("pre_tokenizer", "gguf")):
+        if getattr(args, option) is not None and args.to != format:
+            args.usage_error(f"--{option.replace('_', '-')} has no effect with --to {args.to}: it is for {format}")
+    out, dense = Path(args.out), args.to == "dense"
+    args.dtype = args.dtype or "bfloat16"
     dtype = _dtype(args)
-    _refuse_existing(args, Path(args.out))
-    with _naming(args.model):
-        model = from_pretrained(args.model, dtype=torch.float32)
-    tokenizer = _tokenizer(args.model)
-    if args.to == "dense":
-        result = export_dense(model, tokenizer, args.out, dtype)
-    else:
-        result = export_gguf(model, _need(tokenizer, args.model), args.out, args.type, args.pre_tokenizer)
+    _refuse_existing(args, out)
+    if not dense:
+        require_gguf()
+        if out.is_dir():
+            args.usage_error(f"{out} is a folder: a GGUF model is one file, name it")
+    with _writable(out if dense else out.absolute().parent, ""):
+        with naming(args.model):
+            model = from_pretrained(args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+        tokenizer = find_tokenizer(args.model, args.trust_remote_code)
+        if dense:
+            processor = find_processor(args.model, tokenizer, args.trust_remote_code)
+            result = export_dense(model, processor, out, dtype)
+        else:
+            tokenizer = need(tokenizer, args.model)
+            result = export_gguf(model, tokenizer, out, args.type or "auto", args.pre_tokenizer)
     return vars(result), str(result)
 
 
@@ -227,21 +265,10 @@ def _refuse_existing(args: argparse.Namespace, out: Path) -> None:
         args.usage_error(f"{out} holds a model already; name another folder, or remove it")
     if out.is_file():
         args.usage_error(f"{out} is a file already; name another, or remove it")
-
-
-def _load(model: str, dtype: Any, device_map: str | None, **kwargs: Any) -> PreTrainedModel:
-    if device_map is not None:
-        kwargs["device_map"] = device_map
-    with _naming(model):
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **kwargs)
-
-
-def _refuse_quantized(model: str) -> None:
-    with _naming(model):
-        quantization = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise ValueError(f"{model} is quantized already (quant_method {method!r}): quantize its original")
+    try:
+        require_place(out)
+    except ValueError as error:
+        args.usage_error(str(error))
 
 
 @contextmanager
@@ -276,41 +303,16 @@ def _make_writable(out: Path, model: str) -> None:
         )
 
 
-@contextmanager
-def _naming(model: str) -> Iterator[None]:
-    """Errors of loading that name what was asked for: transformers' own do not always."""
-    require_there(model)
-    try:
-        yield
-    except OSError as error:
-        nor_here = "" if os.path.isdir(model) else f" (nor is there a folder {model} here)"
-        raise OSError(f"{model} does not load{nor_here}: {error}") from error
-
-
-def _tokenizer(model: str) -> Any:
-    require_there(model)
-    try:
-        return load_tokenizer(model)
-    except Exception as error:  # a model may come without one
-        logger.warning("%s has no tokenizer that loads (%s)", model, type(error).__name__)
-        return None
-
-
-def _need(tokenizer: Any, model: str) -> Any:
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer, and this needs one")
-    return tokenizer
-
-
 def _windows(tokenizer: Any, text: str, args: argparse.Namespace) -> torch.Tensor:
     return evaluation.evaluation_windows(tokenizer, text, args.eval_length, args.eval_windows)
 
 
 def _measure(name: str, dtype: Any, args: argparse.Namespace) -> tuple[list[Measurement], torch.dtype]:
     """What was asked for of a model, and the type it was measured in."""
-    tokenizer = _need(_tokenizer(name), name)
+    read_config(name, args.trust_remote_code)  # refuses what cannot be loaded, before anything else is
+    tokenizer = need(find_tokenizer(name, args.trust_remote_code), name)
     windows = _windows(tokenizer, args.text, args) if args.text else None
-    model = _load(name, dtype, args.device_map)
+    model = load(name, dtype, args)
     found = [] if windows is None else [_perplexity(model, windows, args.text)]
     for path in args.items:
         accuracy = evaluation.multiple_choice(model, tokenizer, path, args.max_items)

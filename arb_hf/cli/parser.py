@@ -82,7 +82,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="arb-hf",
         description="Binary language models: make them, measure them, publish them.",
-        epilog=f"arb-hf COMMAND --help tells more, with examples.\n{EXIT_CODES}",
+        epilog=f"arb-hf COMMAND --help says more, with examples.\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"arb-hf {_version()}")
@@ -110,7 +110,7 @@ def add_commands(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> A
         if name == "quantize" and list(argv[:1]) == ["quantize"]:
             add_config_options(command)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
-        command.add_argument("--debug", action="store_true", help="show where an error came from")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(usage_error=command.error, options=tuple(command._option_string_actions))
     return commands
 
@@ -135,6 +135,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--evaluate", metavar="TEXT", help="measure perplexity on TEXT before and after, for the card")
     _windows(parser)
+    _trust(parser)
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -145,20 +146,27 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="zero-shot accuracy on .jsonl files, a question a line: "
+        help="zero-shot accuracy on .jsonl files with a question per line: "
         '{"query": "...", "choices": ["...", "..."], "gold": 0}',
     )
-    parser.add_argument("--max-items", type=int, help="only the first so many of each file")
+    parser.add_argument("--max-items", type=int, help="most questions to take from each file (default: all)")
     parser.add_argument("--baseline", metavar="MODEL", help="measure this model too, in the same type, to compare with")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device-map", help="as for from_pretrained")
     parser.add_argument("--save", action="store_true", help="keep the figures in MODEL's report and model card")
     _windows(parser)
+    _trust(parser)
 
 
 def _windows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-length", type=int, default=2048, help="tokens per window of text (default: 2048)")
-    parser.add_argument("--eval-windows", type=int, help="only the first so many windows (default: all)")
+    parser.add_argument("--eval-windows", type=int, help="most windows to take, from the start (default: all)")
+
+
+def _trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model; read it before"
+    )
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +184,7 @@ def _push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder of a packed model")
     parser.add_argument("repo_id", help="owner/name, or name")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--commit-message", help="of the one commit")
+    parser.add_argument("--commit-message", help="message of the commit")
     parser.add_argument("--revision", help="branch (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--base-model", help="name of the original on the Hub, for the model card")
@@ -186,15 +194,15 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="packed model: folder or name on the Hub")
     parser.add_argument("out", help="folder (dense) or file (gguf) to write")
     parser.add_argument("--to", choices=("dense", "gguf"), required=True, help="format")
-    parser.add_argument("--dtype", default="bfloat16", help="dense: of the weights (default: bfloat16)")
+    parser.add_argument("--dtype", help="dense: type of the weights, as for quantize (default: bfloat16)")
     parser.add_argument(
         "--type",
         choices=("auto", "q1_0", "f16", "f32"),
-        default="auto",
-        help="gguf: of the binary matrices. q1_0: llama.cpp's one bit and one scale per 128 weights, for models that have "
+        help="gguf: type of the binary matrices. q1_0: llama.cpp's one bit and one scale per 128 weights, for models that have "
         "that form exactly; auto: q1_0 where it is exact, else f16 (default: auto)",
     )
     parser.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name for the tokenizer's splitting")
+    _trust(parser)
 
 
 Add = Callable[[argparse.ArgumentParser], None]
@@ -217,12 +225,12 @@ COMMANDS: dict[str, tuple[str, str, Add]] = {
         _evaluate,
     ),
     "inspect": (
-        "tell what a model's files hold: layers, true bits, options; reads headers only",
+        "show what a model's files hold: layers, true bits, options; reads headers only",
         "  arb-hf inspect ./smol-arb\n  arb-hf inspect ./smol-arb --tensors --json",
         _inspect_arguments,
     ),
     "compare": (
-        "lay two packed models side by side",
+        "compare two packed models side by side",
         "  arb-hf compare ./smol-arb-rc ./smol-billm --plot errors.png",
         _compare,
     ),

@@ -8,11 +8,9 @@ package have more levels than two and are written dense.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +20,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..nn import binary_modules
+from ..nn.offloaded import stored_tensors, stored_weight
+from .architecture import architecture_of
+from .dense import require_exportable
 from .result import Exported, Rounding
+from .vocabulary import add_vocabulary, splitting, vocabulary_of
 
 logger = logging.getLogger(__name__)
 Q1_0_BLOCK = 128
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp knows a model type: its name there, and whether its rotary embedding pairs neighbouring rows of q
-    and k (transformers pairs the halves of a head)."""
-
-    name: str
-    interleaved: bool
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", True),
-    "mistral": Architecture("llama", True),
-    "qwen2": Architecture("qwen2", False),
-    "qwen3": Architecture("qwen3", False),
-}
-# llama.cpp's names for the rules by which byte-level tokenizers split text, and the rules as `tokenizers` writes them:
-# an expression for Split; "digits", one token each, and then GPT-2's expression; or GPT-2's alone.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITTING = {"gpt2": "gpt-2", "digits": "smollm", LLAMA3: "llama-bpe", LLAMA3.replace("{1,3}", ""): "qwen2"}
+TYPES = ("auto", "q1_0", "f16", "f32")
 
 
 def export_gguf(
@@ -61,6 +45,7 @@ def export_gguf(
     Args:
         model: packed, loaded in float32.
         tokenizer: byte-level BPE, the model's own.
+        path: a file, replaced if it exists.
         type: type of the binary matrices: ``"q1_0"`` (all of them, or nothing is written), ``"f16"``, ``"f32"``, or
             ``"auto"``: Q1_0 where exact, else f16. Embeddings and heads are f16 (f32 with ``"f32"``), vectors f32.
         pre_tokenizer: llama.cpp's name for the tokenizer's splitting rule (``"smollm"``, ``"llama-bpe"``...); by
@@ -70,17 +55,19 @@ def export_gguf(
         ImportError: the package gguf is not installed.
         ValueError: GGUF, or this export, cannot hold the model; said before anything is written.
     """
-    gguf = _gguf()
+    if type not in TYPES:
+        raise ValueError(f"type={type!r} is not one of {', '.join(TYPES)}")
+    gguf = require_gguf()
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: a GGUF model is one file, name it")
-    config, binary = model.config.get_text_config(), binary_modules(model)
-    if not binary:
-        raise ValueError("this model has no binary layers: nothing to export")
-    architecture = _architecture(config)
-    vocabulary = _vocabulary(tokenizer, config.vocab_size)
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"there is no folder {os.path.dirname(path)} for {path}: make it first")
+    config, binary = model.config, require_exportable(model)
+    architecture = architecture_of(model)
+    vocabulary = vocabulary_of(tokenizer, config.vocab_size)
     if type == "q1_0":
         for name, module in binary.items():
-            reason = why_not_q1_0(module.binary_weight().dequantize())
+            reason = why_not_q1_0(stored_weight(module).dequantize().cpu())
             if reason:
                 raise ValueError(f"{name} does not have the form Q1_0: {reason}. Export it as auto, f16 or f32")
     places = _places(gguf, architecture.name, model)
@@ -90,7 +77,7 @@ def export_gguf(
     rounding = Rounding()
     try:
         _add_config(writer, config, Path(model.name_or_path or "model").name)
-        _add_vocabulary(writer, gguf, tokenizer, vocabulary, pre_tokenizer or splitting(tokenizer))
+        add_vocabulary(writer, gguf, tokenizer, vocabulary, pre_tokenizer or splitting(tokenizer))
         for name, tensor in _tensors(model):
             if architecture.interleaved:
                 tensor = _interleaved(name, tensor, config)
@@ -140,7 +127,12 @@ def decode_q1_0(data: np.ndarray) -> np.ndarray:
     return np.where(bits == 1, scales, -scales).reshape(data.shape[0], -1)
 
 
-def _gguf() -> Any:
+def require_gguf() -> Any:
+    """The package gguf, if it can write this format.
+
+    Raises:
+        ImportError: it is not installed, or too old.
+    """
     try:
         gguf = importlib.import_module("gguf")
     except ImportError as error:
@@ -150,20 +142,10 @@ def _gguf() -> Any:
     return gguf
 
 
-def _architecture(config: Any) -> Architecture:
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise ValueError(f"GGUF export knows the model types {', '.join(ARCHITECTURES)}; this is {config.model_type}")
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"GGUF export does not write scaled rotary embeddings ({rope['rope_type']})")
-    return architecture
-
-
 def _places(gguf: Any, architecture: str, model: PreTrainedModel) -> dict[str, str]:
     """The name in GGUF of every tensor, and a refusal before writing if one has none."""
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    names = gguf.get_tensor_name_map(number, model.config.get_text_config().num_hidden_layers)
+    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     places = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in _tensors(model, False)}
     lost = [name for name, place in places.items() if place is None]
     if lost:
@@ -172,18 +154,19 @@ def _places(gguf: Any, architecture: str, model: PreTrainedModel) -> dict[str, s
 
 
 def _tensors(model: PreTrainedModel, decode: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the dense model by its usual name, float32 (binary weights only with ``decode``; else packed).
+    """Every tensor of the dense model by its usual name, float32 on the CPU, wherever accelerate keeps it.
 
-    A head tied to the embedding is left out.
+    Without ``decode`` only the names count: binary weights stay packed, and what is on disk stays there. A head tied to
+    the embedding is left out.
     """
-    binary = binary_modules(model)
+    binary, reads = binary_modules(model), dict(stored_tensors(model))
     for name, module in binary.items():
-        yield f"{name}.weight", module.binary_weight().dequantize() if decode else module.packed["weight"]
-        if module.bias is not None:
-            yield f"{name}.bias", module.bias.detach().float()
-    for name, parameter in model.named_parameters():  # names a tied tensor once
-        if name.rpartition(".")[0] not in binary:
-            yield name, parameter.detach().float()
+        yield f"{name}.weight", stored_weight(module).dequantize().cpu() if decode else module.packed["weight"]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, parameter in model.named_parameters():  # names a tied tensor once, if it is not on disk
+        owner, _, part = name.rpartition(".")
+        if (owner not in binary or part == "bias") and not (parameter.is_meta and name in tied):
+            yield name, reads[name]().detach().float().cpu() if decode else parameter
 
 
 def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:
@@ -224,73 +207,3 @@ def _add_config(writer: Any, config: Any, name: str) -> None:
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-
-
-def _vocabulary(tokenizer: Any, size: int) -> list[tuple[str, bool, bool]]:
-    """Every token: its text, is it a special one, is it an added one; places without a token are filled."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    byte_level = backend is not None and "ByteLevel" in repr(backend.pre_tokenizer)
-    if not byte_level or type(backend.model).__name__ != "BPE":
-        raise ValueError("GGUF export knows byte-level BPE tokenizers only (GPT-2's kind); this model has another")
-    added = tokenizer.added_tokens_decoder
-    texts = {index: text for text, index in tokenizer.get_vocab().items()}
-    if not _merges(tokenizer):
-        raise ValueError("this tokenizer has no merges, and llama.cpp reads none without")
-    if max(texts) >= size:
-        raise ValueError(f"the tokenizer has {max(texts) + 1} tokens, the model {size}")
-    return [
-        (
-            texts.get(index, f"[PAD{index}]"),
-            index in added and added[index].special,
-            index in added or index not in texts,
-        )
-        for index in range(size)
-    ]
-
-
-def _merges(tokenizer: Any) -> list[Any]:
-    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-
-
-def splitting(tokenizer: Any) -> str | None:
-    """llama.cpp's name for the rule by which a byte-level BPE tokenizer splits text; None for one that has no name."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    rule = backend["pre_tokenizer"] or {}
-    steps = rule.get("pretokenizers", [rule])
-    last = steps[-1]
-    if backend["normalizer"] not in (None, {"type": "NFC"}) or last.get("type") != "ByteLevel":
-        return None
-    if last["add_prefix_space"]:
-        return None
-    if last.get("use_regex", True):
-        digits = [{"type": "Digits", "individual_digits": True}]
-        return SPLITTING["gpt2"] if not steps[:-1] else SPLITTING["digits"] if steps[:-1] == digits else None
-    if (
-        len(steps) == 2
-        and steps[0]["type"] == "Split"
-        and (steps[0]["behavior"], steps[0]["invert"]) == ("Isolated", False)
-    ):
-        return SPLITTING.get(steps[0]["pattern"].get("Regex"))
-    return None
-
-
-def _add_vocabulary(writer: Any, gguf: Any, tokenizer: Any, tokens: list, pre_tokenizer: str | None) -> None:
-    if pre_tokenizer is None:
-        logger.warning(
-            "GGUF: llama.cpp's name for this tokenizer's splitting rule is not known; 'default' is written, and it may "
-            "split text otherwise than the original. Pass pre_tokenizer= (--pre-tokenizer) if you know it"
-        )
-    kinds = gguf.TokenType
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer or "default")
-    writer.add_token_list([text for text, _, _ in tokens])
-    writer.add_token_types(
-        [kinds.CONTROL if special else kinds.USER_DEFINED if added else kinds.NORMAL for _, special, added in tokens]
-    )
-    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in _merges(tokenizer)])
-    for part in ("bos", "eos", "unk", "pad"):
-        index = getattr(tokenizer, f"{part}_token_id")
-        if index is not None:
-            getattr(writer, f"add_{part}_token_id")(index)
-    if getattr(tokenizer, "chat_template", None):
-        writer.add_chat_template(tokenizer.chat_template)

@@ -1,11 +1,11 @@
-"""A packed model's folder as its headers tell it: files, tensors, true bits. No tensor is read."""
+"""What the headers of a packed model's files say: tensors and true bits. No tensor is read."""
 
 from __future__ import annotations
 
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..names import kind_of
 from . import WORD
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT_FILE = "arb_report.json"  # beside a packed model's config.json
 # Bits of a number of each type; a header may name others.
@@ -56,17 +57,20 @@ def _end(entry: Mapping[str, Any]) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order; those its index names if it has one.
+    """The safetensors files of a model folder, in order: those that loading reads.
 
     Raises:
         ArbFormatError: none, or the index names a file that is not there.
     """
     index = folder / INDEX
     if index.is_file():
-        files = [folder / name for name in shard_names(read_json(index))]
+        names = current_weights(shard_names(read_json(index)), lambda name: (folder / name).is_file())
+        files = [folder / name for name in names]
         for path in files:
             if not path.is_file():
                 raise ArbFormatError(f"{INDEX} names {path.name}, which is not in {folder}")
+    elif (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
     else:
         files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
         if not files:
@@ -76,11 +80,21 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def current_weights(shards: Sequence[str], exists: Callable[[str], bool]) -> list[str]:
+    """The weight files of a folder with an index: its shards, or the single file beside an index that is left over.
+
+    transformers leaves a single file in place when it saves shards, and the index when it saves a single file; but
+    then it removes the shards. So whole shards are the later save.
+    """
+    leftover = not all(map(exists, shards)) and exists(SINGLE)
+    return [SINGLE] if leftover else list(shards)
+
+
 def shard_names(index: Mapping[str, Any]) -> list[str]:
     """The files that an index names, in order.
 
     Raises:
-        ArbFormatError: it is no index, or names something else than files beside it.
+        ArbFormatError: it is not an index, or names anything but files beside it.
     """
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
@@ -88,7 +102,7 @@ def shard_names(index: Mapping[str, Any]) -> list[str]:
     for name in shards.values():
         plain = name.isprintable() and os.path.basename(name) == name and "\\" not in name and len(name) < 256
         if not plain or name in ("", ".", ".."):
-            raise ArbFormatError(f"{INDEX} names {name[:256]!r}, which is no file of the model's own folder")
+            raise ArbFormatError(f"{INDEX} names {name[:256]!r}, which is not a file in the model's own folder")
     return sorted(set(shards.values()))
 
 
@@ -207,7 +221,7 @@ def _report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Text without what would steer a terminal: names in files are a stranger's."""
+    """Text without the characters that control a terminal: anyone may have chosen the names in a file."""
     return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
 
 
@@ -239,7 +253,7 @@ def _bits(entry: Mapping[str, Any]) -> int:
 
 
 def _within(owner: str, modules: Any) -> bool:
-    """Is ``owner`` one of ``modules``, or inside one?"""
+    """Whether ``owner`` is one of ``modules``, or inside one."""
     while owner:
         if owner in modules:
             return True

@@ -1,4 +1,4 @@
-"""The model card: written from what a packed folder holds, so that it says nothing that is not so."""
+"""The model card: written from what a packed folder holds, so that it states only what is true of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..auto import GENERATORS, TASKS, auto_class, needs_trust
 from ..binarize.methods import METHODS
-from ..format.headers import REPORT_FILE, inspect_folder
+from ..errors import ArbFormatError
+from ..format.headers import REPORT_FILE, inspect_folder, read_json
 from ..names import is_hub_id
 from ..report import ArbReport, Measurement
 from ..text import NAMED
@@ -30,6 +32,10 @@ HIDDEN_OPTIONS = (
     "checkpoint_dir",
     "modules_to_not_convert",
 )
+# Either of them says that a folder has a processor, for pictures or sound beside text.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# What a model without a language model's head gives, where that is not called logits.
+OUTPUTS = {"AutoModel": "last_hidden_state", "AutoModelForQuestionAnswering": "start_logits"}
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -60,7 +66,8 @@ def model_card(
     metadata = metadata or {}
     repo_id = repo_id or folder.resolve().name
     title = repo_id.rpartition("/")[2]
-    data = _card_data(title, base_model, report, metadata)
+    loading = _loading(folder)
+    data = _card_data(title, base_model, report, metadata | {"pipeline_tag": TASKS.get(loading["auto"])})
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -71,9 +78,28 @@ def model_card(
         original=original,
         license=metadata.get("license_name") or metadata.get("license"),
         plot=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
+        **loading,
         **_sizes(summary),
         **_run(report),
     )
+
+
+def _loading(folder: Path) -> dict[str, Any]:
+    """What the card's snippet needs to load the model: its class, what turns text into its inputs, and trust."""
+    config = read_json(folder / "config.json")
+    processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
+    try:
+        auto, module, trust = auto_class(config), "transformers", needs_trust(config)
+    except ArbFormatError:  # a class of the maker's that transformers has no name for
+        auto, module, trust = str((config.get("architectures") or ["PreTrainedModel"])[0]), None, False
+    return {
+        "auto": auto,
+        "module": module,
+        "preprocessor": "AutoProcessor" if processor else "AutoTokenizer",
+        "arguments": ", trust_remote_code=True" if trust else "",
+        "generates": auto in GENERATORS or module is None,
+        "output": OUTPUTS.get(auto, "logits"),
+    }
 
 
 def _card_data(title: str, base_model: str | None, report: ArbReport | None, metadata: dict[str, Any]) -> ModelCardData:
@@ -83,7 +109,7 @@ def _card_data(title: str, base_model: str | None, report: ArbReport | None, met
     return ModelCardData(
         **inherited,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=metadata["pipeline_tag"],
         tags=["arb_hf", "arb-llm", "binary", "quantized"],
         base_model=base_model,
         base_model_relation="quantized" if base_model else None,
@@ -170,6 +196,6 @@ def _figure(value: float | None) -> str:
 
 
 def written_by_us(card: str | os.PathLike) -> bool:
-    """Is this README absent, or a card that nobody edited by hand?"""
+    """Whether a README is absent, or a card of ours that nobody edited by hand."""
     path = Path(card)
     return not path.exists() or MARKER in path.read_text(encoding="utf-8", errors="replace")

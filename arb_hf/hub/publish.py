@@ -1,4 +1,4 @@
-"""Saving and publishing packed models, each with its card."""
+"""Publishing packed models, each with its card."""
 
 from __future__ import annotations
 
@@ -9,92 +9,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from ..errors import ArbUploadError
-from ..format.headers import REPORT_FILE
-from ..names import is_hub_id
-from ..nn import binary_modules
-from ..nn.scaled import require_frozen
-from .card import MARKER, PLOT_FILE, model_card, written_by_us
+from ..folders import UNFINISHED, variant_of, weight_patterns
+from .card import MARKER, model_card
 from .load import load_report
+from .save import README, metadata_of, require_arguments, save_pretrained, write_card
 
 logger = logging.getLogger(__name__)
-README = "README.md"
-
-
-def save_pretrained(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    folder: str | os.PathLike,
-    repo_id: str | None = None,
-    base_model: str | None = None,
-    **kwargs: Any,
-) -> None:
-    """Write a packed model with all that belongs to it: tokenizer, record of the run, plot, model card.
-
-    Args:
-        tokenizer: also written; None for none.
-        folder: created if need be. A README.md there that was edited by hand stays.
-        repo_id: under which the model will be published, for the card.
-        base_model: the original's name on the Hub, for the card; by default the name it was loaded by.
-        kwargs: for ``model.save_pretrained`` (``max_shard_size``...).
-
-    Raises:
-        ValueError: the model has no binary layers, or their scales are being trained.
-    """
-    require_frozen(model)
-    if not binary_modules(model):
-        raise ValueError(
-            f"{type(model).__name__} has no binary layers: load it with quantization_config=ArbConfig(...)"
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, **kwargs)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    report = getattr(model, "arb_report", None) or load_report(model.name_or_path or "", local_files_only=True)
-    if report is not None:
-        config = model.config.quantization_config
-        report.published(config if isinstance(config, dict) else config.to_dict()).to_json(folder / REPORT_FILE)
-    write_card(folder, repo_id, base_model, _metadata(report.model if report else ""))
-
-
-def write_card(
-    folder: str | os.PathLike,
-    repo_id: str | None = None,
-    base_model: str | None = None,
-    metadata: dict[str, Any] | None = None,
-) -> bool:
-    """Write README.md and the plot of a packed model's folder; False, and nothing is done, if it was edited by hand.
-
-    Args:
-        repo_id, base_model: as for :func:`save_pretrained`.
-        metadata: of the original's card, for licence and languages.
-
-    What an earlier card here names, and this call does not, stays: the original, its licence, languages.
-
-    Raises:
-        ValueError: the folder holds no packed model.
-    """
-    folder = Path(folder)
-    readme = folder / README
-    if not written_by_us(readme):
-        logger.warning("%s was edited by hand: kept as it is", readme)
-        return False
-    report = load_report(folder)
-    if report is not None:
-        try:
-            report.plot(folder / PLOT_FILE)
-        except ImportError:
-            logger.info("no plot in the model card: matplotlib is not installed")
-    earlier = _metadata(folder) if readme.exists() else {}
-    base_model = base_model or earlier.get("base_model")
-    readme.write_text(str(model_card(folder, repo_id, base_model, earlier | (metadata or {}))), encoding="utf-8")
-    return True
 
 
 def push_to_hub(
@@ -127,7 +52,7 @@ def push_to_hub(
         ArbUploadError: the upload failed; the folder with everything to push stays, and the message names it.
         ValueError: the model has no binary layers, or the Hub allows no such name.
     """
-    validate_repo_id(repo_id)
+    require_arguments(repo_id, base_model, kwargs)
     folder = tempfile.mkdtemp(prefix="arb_hf-push-")
     try:
         save_pretrained(model, tokenizer, folder, repo_id, base_model, **kwargs)
@@ -153,7 +78,7 @@ def push_folder(
 
     The card is written anew, and a README that was edited by hand is kept: in the folder, and in the repository.
     """
-    validate_repo_id(repo_id)
+    require_arguments(repo_id, base_model, {})
     model_card(folder)  # refuses what is not a packed model, before anything is created
     api = HfApi(token=token)
     try:
@@ -161,7 +86,7 @@ def push_folder(
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         report = load_report(folder)
-        write_card(folder, repo_id, base_model, _metadata(base_model or (report.model if report else ""), api))
+        write_card(folder, repo_id, base_model, metadata_of(base_model or (report.model if report else ""), api))
         keep = _readme_of_others(api, repo_id, revision)
         if keep:
             logger.warning("%s has a README.md that arb_hf did not write: kept; the new card is not pushed", repo_id)
@@ -171,13 +96,20 @@ def push_folder(
             commit_message=commit_message or "Upload a model packed by arb_hf",
             revision=revision,
             create_pr=create_pr,
-            ignore_patterns=[README] if keep else None,
+            ignore_patterns=[f"{UNFINISHED}*", *([README] if keep else [])],
+            delete_patterns=_older_weights(folder),  # in the same commit; what is uploaded now is not deleted
         )
     except Exception as error:  # a boundary: HTTP, sockets and files fail in many types
         raise ArbUploadError(
             f"{_cause(_origin(error), repo_id)}. Nothing is lost: the model is whole in {folder}, "
             f"which stays until you delete it. Go on with: arb-hf push {folder} {repo_id}"
         ) from error
+
+
+def _older_weights(folder: str | os.PathLike) -> list[str]:
+    """Patterns of the weight files that a repository may have from an earlier push, in other shards."""
+    variants = {variant_of(name) for name in os.listdir(folder)} - {None}
+    return [pattern for variant in sorted(map(str, variants)) for pattern in weight_patterns(variant)]
 
 
 def _origin(error: BaseException) -> BaseException:
@@ -213,17 +145,3 @@ def _readme_of_others(api: HfApi, repo_id: str, revision: str | None) -> bool:
     except EntryNotFoundError:
         return False
     return MARKER not in Path(path).read_text(encoding="utf-8", errors="replace")
-
-
-def _metadata(model_id: str | os.PathLike, api: HfApi | None = None) -> dict[str, Any]:
-    """The metadata of a model's card, in a folder or the cache, with ``api`` on the Hub; nothing where it has none."""
-    readme = Path(model_id) / README
-    try:
-        if not readme.is_file():
-            if not is_hub_id(str(model_id)):
-                return {}
-            readme = Path((api or HfApi()).hf_hub_download(str(model_id), README, local_files_only=api is None))
-        return ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-    except Exception as error:  # the new card is worth having without it
-        logger.info("no card of %s: %s", model_id, error)
-        return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch import Tensor
 from .. import native
 from ..errors import ArbFormatError
 from ..format.form import BinaryForm
+from .plain import is_plain_tensor
 
 # Number of each type in csrc/linear.h.
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}
 ACTIVATIONS = {dtype: number for dtype, number in TYPES.items() if dtype.is_floating_point}
-TILE_ROWS = 480  # rows decoded at a time; not a multiple of 512, lest the columns of a tile share their cache sets
-TABLE_TOKENS = 16  # at most so many tokens go by lookup tables; measured, see examples/benchmarks/inference.py
+TILE_ROWS = (
+    480  # rows decoded at a time; not a multiple of 512, so that the columns of a tile fall into different cache sets
+)
+TABLE_TOKENS = 16  # up to this many tokens go by lookup tables; measured, see examples/benchmarks/inference.py
 
 
 class Layer(ctypes.Structure):
@@ -28,7 +32,6 @@ class Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "columns", "salient_columns", "block_size")),
         *((name, ctypes.c_int64) for name in ("groups", "salient_groups", "scale_type")),
-        # Addresses as integers: a structure of pointers could not be copied or pickled with its module.
         *((name, ctypes.c_size_t) for name in ("weight", "second_plane", "salient", "row_parameters")),
         *((name, ctypes.c_size_t) for name in ("salient_group_plane", "row_absmax")),
         *((name, ctypes.c_size_t) for name in ("column_scales", "salient_column_scales")),
@@ -83,6 +86,11 @@ def _describe(tensors: Mapping[str, Any], form: BinaryForm) -> tuple[Layer, list
     return layer, checked
 
 
+def wrong_activations(x: Tensor, width: int) -> str:
+    """The error for activations that a layer of this width does not take."""
+    return f"the activations are {x.dtype} {list(x.shape)}; this layer takes floating-point ones, [..., {width}]"
+
+
 def _check(status: int, form: BinaryForm) -> None:
     if status == -2:
         raise ArbFormatError(
@@ -98,18 +106,21 @@ def linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
     Up to ``TABLE_TOKENS`` tokens the result does not depend on the number of threads; above, as torch's matmul.
     """
     layer, _alive = _describe(tensors, form)
-    return _linear(x, layer, form)
+    return linear_described(x, layer, form)
 
 
-def _linear(x: Tensor, layer: Layer, form: BinaryForm) -> Tensor:
+def linear_described(x: Tensor, layer: Layer, form: BinaryForm) -> Tensor:
+    """As :func:`linear`, from the C description of the tensors, which must be alive."""
     # For one token this is a good part of the time, most of all from cold caches: few calls, each result used again.
     shape = x.shape
     if not shape or shape[-1] != form.in_features:
-        raise ValueError(f"the activations have shape {list(shape)}; this layer takes [..., {form.in_features}]")
+        raise ValueError(wrong_activations(x, form.in_features))
     lead = shape[:-1]
     tokens, number = math.prod(lead), ACTIVATIONS.get(x.dtype)
     if number is None:
-        return _linear(x.to(torch.float32), layer, form).to(x.dtype)
+        if not x.is_floating_point():
+            raise ValueError(wrong_activations(x, form.in_features))
+        return linear_described(x.to(torch.float32), layer, form).to(x.dtype)
     if tokens > TABLE_TOKENS:
         return _linear_by_tiles(x.reshape(tokens, -1), layer, form).view(*lead, form.out_features)
     x = x.contiguous()
@@ -121,28 +132,39 @@ def _linear(x: Tensor, layer: Layer, form: BinaryForm) -> Tensor:
     return y
 
 
-class Shortcut:
-    """The C kernels of one layer without torch's dispatcher, which costs more than a small matmul.
+class Description:
+    """The C description of a layer's tensors, remembered as long as they are the same ones and stay where they are.
 
-    It remembers the C description of the layer's tensors as long as they stay where they are, and holds no reference
-    to them.
+    It holds no reference to them, and a copy of it, or what is pickled, starts without any.
     """
 
     def __init__(self, form: BinaryForm) -> None:
         self._form = form
-        self._names = tuple(form.tensors())
-        self._addresses: list[int] = []
-        self._layer = Layer()
+        # One tuple, replaced as a whole: other threads may be reading it.
+        self._known: tuple[Layer | None, tuple[tuple[str, weakref.ref, int], ...]] = None, ()
 
-    def __call__(self, x: Tensor, tensors: Mapping[str, Any]) -> Tensor:
-        """As :func:`linear`; ``tensors`` may hold others too."""
-        addresses = [tensors[name].data_ptr() for name in self._names]
-        if addresses != self._addresses:
-            self._layer, checked = _describe(tensors, self._form)
-            # A copy made to get a contiguous tensor dies with this call: do not remember it.
-            copied = [tensor.data_ptr() for tensor in checked] != addresses
-            self._addresses = [] if copied else addresses
-        return _linear(x, self._layer, self._form)
+    def __reduce__(self) -> tuple[type[Description], tuple[BinaryForm]]:
+        return Description, (self._form,)
+
+    def of(self, tensors: Mapping[str, Any]) -> Layer | None:
+        """The description of the packed ones among ``tensors``; None where the memory of one is not all there is to it.
+
+        It is valid as long as they live.
+        """
+        layer, seen = self._known
+        for name, reference, address in seen:
+            tensor: Any = tensors[name]
+            if reference() is not tensor or tensor.data_ptr() != address:
+                break
+        else:
+            if layer is not None:
+                return layer
+        packed: dict[str, Any] = {name: tensors[name] for name in self._form.tensors()}
+        if not all(map(is_plain_tensor, packed.values())):
+            return None
+        layer, _ = _describe(packed, self._form)
+        self._known = layer, tuple((name, weakref.ref(each), each.data_ptr()) for name, each in packed.items())
+        return layer
 
 
 def _tile_type(dtype: torch.dtype) -> torch.dtype:
@@ -160,8 +182,8 @@ def _decode(layer: Layer, form: BinaryForm, start: int, buffer: Tensor) -> Tenso
 
 def _linear_by_tiles(x: Tensor, layer: Layer, form: BinaryForm) -> Tensor:
     inputs = x.to(_tile_type(x.dtype))
-    buffer = torch.empty(form.in_features * min(TILE_ROWS, form.out_features), dtype=inputs.dtype)
-    y = torch.empty(x.shape[0], form.out_features, dtype=x.dtype)
+    buffer = torch.empty(form.in_features * min(TILE_ROWS, form.out_features), dtype=inputs.dtype, device="cpu")
+    y = torch.empty(x.shape[0], form.out_features, dtype=x.dtype, device="cpu")
     for start in range(0, form.out_features, TILE_ROWS):
         tile = _decode(layer, form, start, buffer)
         y[:, start : start + tile.shape[1]] = inputs @ tile
@@ -172,8 +194,8 @@ def linear_transposed(gradient: Tensor, tensors: dict[str, Tensor], form: Binary
     """As :func:`arb_hf.kernels.reference.linear_transposed`."""
     layer, _alive = _describe(tensors, form)
     inputs = gradient.to(_tile_type(gradient.dtype))
-    buffer = torch.empty(form.in_features * min(TILE_ROWS, form.out_features), dtype=inputs.dtype)
-    total = torch.zeros(gradient.shape[0], form.in_features)
+    buffer = torch.empty(form.in_features * min(TILE_ROWS, form.out_features), dtype=inputs.dtype, device="cpu")
+    total = torch.zeros(gradient.shape[0], form.in_features, dtype=torch.float32, device="cpu")
     for start in range(0, form.out_features, TILE_ROWS):
         tile = _decode(layer, form, start, buffer)
         total += inputs[:, start : start + tile.shape[1]] @ tile.T

@@ -25,7 +25,10 @@ def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], for
     salient = unpack_mask(tensors["salient_columns"], form.in_features)
     order = stored_order(salient, form.block_size)
     inputs = x.to(torch.float32)[:, order]
-    found = {name: torch.zeros_like(tensors[name], dtype=torch.float32) for name in SCALES if name in tensors}
+    # Made from all that is added to them: under vmap they are a batch as soon as one of these is.
+    zero = inputs.new_zeros(()) + gradient.new_zeros((), dtype=torch.float32)
+    zero = sum((each.new_zeros((), dtype=torch.float32) for each in tensors.values()), zero)
+    found = {name: zero.new_zeros(tensors[name].shape) for name in SCALES if name in tensors}
     scales = Scales.of(tensors, form)
     for start in range(0, form.out_features, TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, form.out_features))

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..format.form import SCALE_DTYPES, BinaryForm
 from . import cpu
-from .gradients import scale_gradients
+from .cpu import wrong_activations
+from .plain import is_plain_call
 
 logger = logging.getLogger(__name__)
 NAMESPACE = "arb_hf"
@@ -44,9 +45,19 @@ _SCHEMA = ", ".join(
 )
 _SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
-_library = torch.library.Library(NAMESPACE, "DEF")
-_library.define(f"binary_linear{_SCHEMA}) -> Tensor")
-_library.define(f"binary_linear_transposed{_SCHEMA}) -> Tensor")
+
+def _new_library() -> torch.library.Library:
+    """Torch's record of the operators. It takes the place of an earlier one, of this module imported before."""
+    namespace = vars(torch.ops.arb_hf)  # which outlives this module
+    if (earlier := namespace.get("library")) is not None:
+        earlier._destroy()
+    namespace["library"] = library = torch.library.Library(NAMESPACE, "DEF")
+    library.define(f"binary_linear{_SCHEMA}) -> Tensor")
+    library.define(f"binary_linear_transposed{_SCHEMA}) -> Tensor")
+    return library
+
+
+LIBRARY = _new_library()
 
 
 def arguments_of(tensors: Mapping[str, Tensor], form: BinaryForm) -> tuple[Tensor | int | None, ...]:
@@ -89,13 +100,23 @@ class BinaryMatmul:
 
     def __init__(self, form: BinaryForm) -> None:
         self._form = form
-        self._shortcut = cpu.Shortcut(form)
+        self._description = cpu.Description(form)
 
     def __call__(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
         """``x @ W^T``; ``tensors`` are the layer's packed ones, others may be among them."""
-        if shortcut_for(x, tensors):
-            return self._shortcut(x, tensors)
+        if (layer := self.shortcut(x, tensors)) is not None:
+            return cpu.linear_described(x, layer, self._form)
         return binary_linear(x, {name: tensor for name, tensor in tensors.items() if tensor is not None}, self._form)
+
+    def shortcut(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> cpu.Layer | None:
+        """What C needs to know of the layer, or None where the call must go through the dispatcher."""
+        if (
+            not is_plain_call(x)
+            or (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors.values()))
+            or kernel_for("cpu") is not cpu
+        ):
+            return None
+        return self._description.of(tensors)
 
 
 @functools.cache
@@ -133,75 +154,31 @@ def _kernel(name: str, device_type: str) -> tuple[ModuleType | None, str | None]
     return (kernel, None) if why is None else (None, why)
 
 
-def shortcut_for(x: Tensor, tensors: Mapping[str, Tensor | None]) -> bool:
-    """Whether a layer may call :class:`arb_hf.kernels.cpu.Shortcut`: a plain CPU tensor, nothing traces or differentiates."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not (torch.is_grad_enabled() and _differentiates(x, *tensors.values()))
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and kernel_for("cpu") is cpu
-    )
-
-
-def _differentiates(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _named(arguments: tuple) -> tuple[dict[str, Tensor], BinaryForm]:
+def named(arguments: tuple) -> tuple[dict[str, Tensor], BinaryForm]:
     """The packed tensors by name, and their form, from the operator's arguments after x."""
     tensors = {name: each for name, each in zip(REQUIRED + OPTIONAL, arguments, strict=False) if each is not None}
     return tensors, _form_of(tensors, *arguments[len(REQUIRED + OPTIONAL) :])
 
 
+def require_width(x: Tensor, width: int) -> None:
+    """Raise ValueError unless ``x`` is floating-point and ``[..., width]``."""
+    if x.dim() == 0 or x.shape[-1] != width or not x.is_floating_point():
+        raise ValueError(wrong_activations(x, width))
+
+
 def _run(name: str, x: Tensor, *arguments) -> Tensor:
-    tensors, form = _named(arguments)
+    tensors, form = named(arguments)
+    require_width(x, form.out_features if name == "linear_transposed" else form.in_features)
     flat = getattr(kernel_for(x.device.type), name)(x.reshape(-1, x.shape[-1]), tensors, form)
     # Not a view of it: models add to outputs in place (Llama-4), which autograd forbids on views made in here.
     return torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], flat.shape[-1]))
 
 
-@torch.library.impl(_library, "binary_linear", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "binary_linear", "CompositeExplicitAutograd")
 def _linear(x: Tensor, *arguments) -> Tensor:
     return _run("linear", x, *arguments)
 
 
-@torch.library.impl(_library, "binary_linear_transposed", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "binary_linear_transposed", "CompositeExplicitAutograd")
 def _linear_transposed(gradient: Tensor, *arguments) -> Tensor:
     return _run("linear_transposed", gradient, *arguments)
-
-
-@torch.library.register_fake("arb_hf::binary_linear", lib=_library)
-def _linear_shape(x: Tensor, weight: Tensor, *_) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[1])
-
-
-@torch.library.register_fake("arb_hf::binary_linear_transposed", lib=_library)
-def _linear_transposed_shape(gradient: Tensor, *arguments) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], arguments[len(REQUIRED + OPTIONAL)])
-
-
-def _remember(ctx, inputs, output) -> None:
-    ctx.scales = any(ctx.needs_input_grad[1:])
-    ctx.save_for_backward(inputs[0] if ctx.scales else None, *inputs[1 : 1 + len(REQUIRED + OPTIONAL)])
-    ctx.sizes = inputs[1 + len(REQUIRED + OPTIONAL) :]
-
-
-def _backward(ctx, gradient: Tensor):
-    x, *given = ctx.saved_tensors
-    wanted, back, scales = ctx.needs_input_grad, None, {}
-    if wanted[0]:
-        back = torch.ops.arb_hf.binary_linear_transposed(gradient, *given, *ctx.sizes)
-    if ctx.scales:
-        flat = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-        scales = scale_gradients(*flat, *_named((*given, *ctx.sizes)))
-    of_tensors = (
-        scales[name].to(each.dtype) if need and name in scales else None
-        for name, each, need in zip(REQUIRED + OPTIONAL, given, wanted[1:], strict=False)
-    )
-    return back, *of_tensors, *(None for _ in ctx.sizes)
-
-
-torch.library.register_autograd("arb_hf::binary_linear", _backward, setup_context=_remember, lib=_library)

@@ -145,7 +145,7 @@ def linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
 def linear_transposed(gradient: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
     """``gradient [tokens, out_features] @ W``: what flows back to the activations, ``[tokens, in_features]``."""
     order = stored_order(unpack_mask(tensors["salient_columns"], form.in_features), form.block_size)
-    total = torch.zeros(gradient.shape[0], form.in_features, device=gradient.device)
+    total = torch.zeros(gradient.shape[0], form.in_features, dtype=torch.float32, device=gradient.device)
     for rows, tile in tiles(tensors, form):
         total += gradient[:, rows].to(torch.float32) @ tile.T
     out = torch.empty_like(total)

@@ -292,7 +292,7 @@ def linear(x: Tensor, tensors: dict[str, Tensor], form: BinaryForm) -> Tensor:
         arguments, constants = _arguments(tensors, form, tokens)
         if tokens <= VECTOR_TOKENS:
             splits = min(SPLITS, -(-form.in_features // WORD))
-            parts = torch.empty(splits, tokens, n, device=x.device)
+            parts = torch.empty(splits, tokens, n, dtype=torch.float32, device=x.device)
             vector_kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]), tokens, splits)](
                 x, parts, *arguments, **constants
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,28 @@ class ScaledLinear(nn.Module):
         self.binary = binary
         self.in_features, self.out_features = binary.in_features, binary.out_features
         self._form = replace(binary.form, scale_dtype="float32")
-        packed = pack(replace(binary.binary_weight(), form=self._form))
-        names = [name for name in SCALES if name in packed]
-        for name in names:
-            self.register_buffer(f"start_{name}", packed[name], persistent=False)
-        self.steps = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(packed[name])) for name in names})
+        starts = self._starts(binary.packed)
+        for name, start in starts.items():
+            self.register_buffer(f"start_{name}", start, persistent=False)
+        self.steps = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(start)) for name, start in starts.items()})
+
+    def _starts(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scales (and means) in float32 of a layer's packed tensors."""
+        packed = pack(replace(unpack(stored, self.binary.form), form=self._form))
+        return {name: packed[name] for name in SCALES if name in packed}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """From its own names, or from a packed layer's, as a checkpoint has them: then training goes on from there."""
+        stored = {name: state_dict.get(prefix + name) for name in self.binary.form.tensors()}
+        whole = {name: tensor for name, tensor in stored.items() if tensor is not None}
+        if len(whole) == len(stored):
+            for name, start in self._starts(whole).items():
+                self.get_buffer(f"start_{name}").copy_(start)
+                state_dict[f"{prefix}steps.{name}"] = torch.zeros_like(start)
+            for name in [*stored, "bias"]:
+                if prefix + name in state_dict:
+                    state_dict[f"{prefix}binary.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def weight(self) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,15 +81,52 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool((one.float() - other.float()).norm() <= 16 * torch.finfo(other.dtype).eps * scale + 1e-30)
 
 
-def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """In place: back to dense ``nn.Linear`` layers in the model's dtype, for export or comparison; returns it.
+def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """In place: back to dense ``nn.Linear`` layers, for export or comparison; returns the model.
+
+    Args:
+        dtype: type of the dense weights; by default the model's.
+
+    Layers that accelerate keeps on disk or in memory are fetched, and the dense model goes where the packed one was.
 
     Raises:
-        ValueError: scales are being trained.
+        ValueError: scales are being trained, adapters are attached, or ``model`` is not a whole model.
+    """
+    require_plain(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    dtype = dtype or model.dtype
+    return replace_by_dense(model, dtype) if quantizer is None else quantizer.dequantize(model, dtype=dtype)
+
+
+def require_plain(model: nn.Module) -> None:
+    """Make sure that a model is what its packed form stands for: no scales being trained, no adapters attached.
+
+    Raises:
+        ValueError: it is more than that, or no model of transformers at all.
     """
     require_frozen(model)
-    quantizer = getattr(model, "hf_quantizer", None)
-    return replace_by_dense(model, model.dtype) if quantizer is None else quantizer.dequantize(model, dtype=model.dtype)
+    adapted = adapted_module(model)
+    if adapted is not None:
+        raise ValueError(
+            f"{adapted} has adapters, which are no part of a packed model: save them alone with the save_pretrained of "
+            "the model that you train, and get the packed model back with peft_model.unload(), or a dense model with "
+            "them by arb_hf.lora.merge_lora(peft_model)"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is not a model of transformers: pass the PreTrainedModel itself")
+
+
+def adapted_module(model: nn.Module) -> str | None:
+    """The name of the first module that PEFT has wrapped, ``model``'s own class if it is the wrapper; None without."""
+    peft = sys.modules.get("peft")  # nothing is wrapped before PEFT is imported
+    if peft is None:
+        return None
+    utils = importlib.import_module("peft.utils.other")
+    tuners = importlib.import_module("peft.tuners.tuners_utils")
+    for name, module in model.named_modules():
+        if isinstance(module, (tuners.BaseTunerLayer, utils.AuxiliaryTrainingWrapper)):
+            return name
+    return type(model).__name__ if isinstance(model, peft.PeftModel) else None
 
 
 def replace_by_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -98,18 +137,29 @@ def replace_by_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -
 
 
 def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """In place: every binary linear becomes, in ``dtype``, the module that the model's own class has in its place."""
-    with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(model.config))
+    """In place: every binary linear becomes, in ``dtype``, the module that the model's own class has in its place.
+
+    Raises:
+        ValueError: a layer is on disk (see :func:`arb_hf.nn.offloaded.fetch_all`).
+    """
+    skeleton = empty_model(model)
     experts = {name: each for name, each in model.named_modules() if isinstance(each, BinaryExperts)}
     for name, module in list(model.named_modules()):
         if isinstance(module, BinaryLinear):
+            if module.get_parameter("weight").is_meta:
+                raise ValueError(f"{name} is on disk: load the model without offloading")
             weight = module.binary_weight().dequantize(dtype)
             linear = linear_from(weight, None if module.bias is None else module.bias.detach().to(dtype))
             of_expert = any(name.startswith(f"{each}.") for each in experts)
             _put(model, name, linear if of_expert else _filled(skeleton.get_submodule(name), linear))
     for name, module in experts.items():
         _put(model, name, module.restack(skeleton.get_submodule(name)))
+
+
+def empty_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and config on the meta device, dense and without weights."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
 
 
 def _filled(empty: Any, linear: Any) -> nn.Module:

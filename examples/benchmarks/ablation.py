@@ -2,9 +2,9 @@
 
     python examples/benchmarks/ablation.py --model MODEL --data FOLDER --layers 2 12
 
-Inputs are those of the full-precision model on the calibration windows of ``protocol.py``. Every line with a plus adds
-its step to the ones before it; a line with "only" adds it to the free levels. With ``--perplexity`` the whole model is
-binarized instead, each line by its steps, and measured as ``protocol.py`` measures.
+Inputs are those of the full-precision model on the calibration windows of ``protocol.py``. A line with a plus adds its
+step to the lines before it; a line with "only" adds it to the free levels. With ``--perplexity`` the whole model is
+binarized instead, by the steps of each line, and its perplexity measured as in ``protocol.py``.
 """
 
 from __future__ import annotations
@@ -151,15 +151,15 @@ def perplexities(arguments: argparse.Namespace, names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model's path or name")
+    parser.add_argument("--model", required=True, help="path of a model, or its name on the Hub")
     add_data_option(parser)
-    parser.add_argument("--layers", nargs="+", type=int, default=[2, 12])
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 12], help="decoder layers to take matrices from")
+    parser.add_argument("--windows", type=int, default=32, help="calibration windows")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads for torch")
     parser.add_argument(
-        "--perplexity", action="store_true", help="binarize and measure the whole model by each variant"
+        "--perplexity", action="store_true", help="binarize and measure the whole model with each variant"
     )
-    parser.add_argument("--eval-windows", type=int, default=EVALUATION_WINDOWS, help="windows of the perplexity")
+    parser.add_argument("--eval-windows", type=int, default=EVALUATION_WINDOWS, help="windows for the perplexity")
     parser.add_argument("--variants", nargs="+", choices=["published", *VARIANTS], default=["published", *VARIANTS])
     parser.add_argument("--quick", action="store_true", help="one layer, 4 windows: a smoke test")
     arguments = parser.parse_args()

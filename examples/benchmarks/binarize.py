@@ -1,9 +1,9 @@
-"""How much faster than the published loops masks and parameters are found, and how much memory one matrix takes.
+"""Speed of finding masks and parameters against the published loops, and the memory that one matrix takes.
 
     python examples/benchmarks/binarize.py [--quick] [--json FILE]
 
-The peer is ``published_loops.py``: same matrices, one thread, CPU time, versions run in turn, medians. A ratio of 8.0x
-means an eighth of the peer's time. "torch" is this package without its C library, "C" with it.
+The peer is ``published_loops.py``. All versions run in turn on the same matrices with one thread, and medians of CPU time are
+compared. A ratio of 8.0x means an eighth of the peer's time. "torch" is this package without its C library, "C" with it.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python examples/benchmarks/families.py [--quick] [FAMILY ...]
 
-Every family is built from its configuration class, tiny and with random weights, binarized, saved, loaded again and
-compared: identical logits, and greedy generation with a cache gives the same tokens. Adapters on all of its binary
-layers are trained two steps and merged into a dense model, by ``arb_hf.lora.merge_lora`` and by plain PEFT from the saved
-file on the dequantized model: the larger of the relative differences of the logits. Coverage is measured on the model
-of the published size (the configuration class's defaults, without weights), where it means something: the share of the
-decoder layers' matrix weights that are binarized.
+For every family a tiny model with random weights is built from its configuration class, binarized, saved and loaded
+again. The table says whether its logits are identical, and whether greedy generation with a cache gives the same tokens.
+Adapters on all of its binary layers are trained two steps and merged into a dense model, by ``arb_hf.lora.merge_lora``
+and by plain PEFT from the saved file on the dequantized model: the larger of the relative differences of the logits.
+Coverage is the share of the decoder layers' matrix weights that are binarized; it is measured on a model of the published
+size (the configuration class's defaults, without weights), because tiny models say little about it.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def row(family: str, quick: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types; all by default")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types to try (default: all)")
     parser.add_argument(
         "--quick", action="store_true", help="coverage of the tiny models instead of the published sizes"
     )

@@ -4,8 +4,9 @@
     python examples/benchmarks/inference.py --model DIR --json out.json --plot out.png
     python examples/benchmarks/inference.py --model DIR --gguf FILE --only generate   # llama.cpp too: llama-cpp-python
 
-Contenders run interleaved and medians are compared, so that what else the machine does hits all of them alike. With one
-thread the time is the thread's CPU time, with more it is wall time. Weights are random: speed does not depend on quality.
+All contenders run in turn and medians are compared, so that other load on the machine affects them equally. With one
+thread the time is the thread's CPU time, with more it is wall time. Weights are random, because speed does not depend on
+quality.
 """
 
 from __future__ import annotations
@@ -297,13 +298,15 @@ def report(record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter runs")
-    parser.add_argument("--model", help="directory of a model for `generate`, e.g. SmolLM2-135M-Instruct")
+    parser.add_argument("--model", help="folder of a model for `generate`, for example SmolLM2-135M-Instruct")
     parser.add_argument("--gguf", help="GGUF file of that model, for llama.cpp's `generate` (needs llama-cpp-python)")
-    parser.add_argument("--packed", help="directory of a packed model, to measure the memory it takes")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
-    parser.add_argument("--only", choices=("matmul", "linears", "generate"), help="one part")
-    parser.add_argument("--json", help="write all figures here")
-    parser.add_argument("--plot", help="write a plot here (needs matplotlib)")
+    parser.add_argument("--packed", help="folder of a packed model, to measure the memory it takes")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="numbers of threads to try"
+    )
+    parser.add_argument("--only", choices=("matmul", "linears", "generate"), help="run one part only")
+    parser.add_argument("--json", help="write all figures to this file")
+    parser.add_argument("--plot", help="write a plot to this image (needs matplotlib)")
     options = parser.parse_args()
     seconds = 1.0 if options.quick else 4.0
     shapes, batches = (SHAPES[::2], (1, 256)) if options.quick else (SHAPES, BATCHES)

@@ -2,10 +2,10 @@
 
     python examples/benchmarks/memory.py [--quick] [--depths 8 16 32] [--hidden 1024] [--tune-steps N] [--large]
 
-Random LLaMA-shaped bfloat16 checkpoints are written layer by layer to a temporary folder, and each is binarized in a
-fresh process whose anonymous and file-backed resident memory (RssAnon, RssFile in /proc) is sampled from outside. Its
+Random LLaMA-shaped bfloat16 checkpoints are written layer by layer to a temporary folder. Each is binarized in a new
+process, whose anonymous and file-backed resident memory (RssAnon and RssFile in /proc) is sampled from outside. The
 full-precision weights are mapped from the checkpoint: they count as file-backed, and the system may drop them at any
-time. What must grow with depth is the packed layers only: the slope of the peak is printed beside their size. ``--large``
+time. Only the packed layers should grow with depth, so the slope of the peak is printed beside their size. ``--large``
 adds a checkpoint of 1.1 billion parameters (2.2 GB, the shape of TinyLlama). Linux only.
 """
 
@@ -150,12 +150,14 @@ def report(config: LlamaConfig, options: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="*", default=[8, 16, 32])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--iterations", type=int, default=1, help="rounds of refinement: time, not memory")
-    parser.add_argument("--large", action="store_true", help="also 1.1 billion parameters")
+    parser.add_argument("--depths", type=int, nargs="*", default=[8, 16, 32], help="numbers of decoder layers to try")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size")
+    parser.add_argument(
+        "--iterations", type=int, default=1, help="rounds of refinement, which change the time but not the memory"
+    )
+    parser.add_argument("--large", action="store_true", help="also run a checkpoint of 1.1 billion parameters")
     parser.add_argument("--quick", action="store_true", help="depths 2, 4, 8 at hidden size 256")
-    parser.add_argument("--tune-steps", type=int, help='refinement="full" with so many steps of tuning')
+    parser.add_argument("--tune-steps", type=int, help='use refinement="full" with this number of tuning steps')
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

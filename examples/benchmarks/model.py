@@ -1,12 +1,13 @@
-"""Where the time of binarizing a whole model goes, stage by stage, and its peak memory.
+"""Time of binarizing a whole model, stage by stage, and its peak memory.
 
     python examples/benchmarks/model.py --model MODEL --data FOLDER [--refinement paper] [--threads 2] [--json FILE]
 
-Text and windows are those of ``protocol.py`` (32 windows of 512 tokens). Wall seconds, so an idle machine is needed.
-Stages: **forward**, the passes through the decoder layers, one to see every linear's input and one through the binary
-weights; **H**, sums of X^T X; **factor**, Cholesky factors of the inverse; **search**, salient columns and groups;
-**update**, scales, means and signs (with ``refinement="full"``: all of its steps); **rest**, what else binarizing does:
-carrying errors on, packing, measuring the output error. ``search + update`` is also given against ``forward``.
+Text and windows are those of ``protocol.py`` (32 windows of 512 tokens). Times are wall seconds, so the machine must be
+idle. The stages are **forward**, the passes through the decoder layers, one to see the input of every linear layer and one
+through the binary weights; **H**, sums of X^T X; **factor**, Cholesky factors of the inverse; **search**, salient columns
+and groups; **update**, scales, means and signs (with ``refinement="full"``: all of its steps); and **rest**, the other work
+of binarizing: carrying errors on, packing, measuring the output error. The sum of search and update is also printed
+relative to forward.
 """
 
 from __future__ import annotations
@@ -78,14 +79,14 @@ def peak_memory() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model's path or name")
+    parser.add_argument("--model", required=True, help="path of a model, or its name on the Hub")
     add_data_option(parser)
-    parser.add_argument("--method", default="arb-rc")
-    parser.add_argument("--refinement", default="paper")
-    parser.add_argument("--tune-steps", type=int, default=0, help="for refinement full; 0: stages without tuning")
+    parser.add_argument("--method", default="arb-rc", help="as in ArbConfig")
+    parser.add_argument("--refinement", default="paper", help="as in ArbConfig")
+    parser.add_argument("--tune-steps", type=int, default=0, help="steps of tuning, with --refinement full only")
     parser.add_argument("--batch-size", type=int, default=4, help="calibration windows per forward pass")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="2 windows and one iteration")
+    parser.add_argument("--threads", type=int, default=2, help="number of threads for torch")
+    parser.add_argument("--quick", action="store_true", help="2 windows and one iteration: a smoke test")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,9 +1,9 @@
-"""What a few more precise layers buy: perplexity and bits with the first and last decoder layer treated otherwise.
+"""What a few more precise layers gain: perplexity and bits with other options for the first and last decoder layer.
 
     python examples/benchmarks/overrides.py MODEL --calibrate wiki.valid.raw --evaluate wiki.test.raw [--quick]
 
-Prints a Markdown table: per setting the perplexity, the stored bits per binarized weight, and those per weight of all
-decoder layers' matrices, where kept ones count with the 16 bits of their bfloat16 checkpoint.
+Prints a Markdown table: for each setting the perplexity, the stored bits per binarized weight, and the stored bits per weight
+of all the decoder layers' matrices, where matrices that are kept count with 16 bits, as in a bfloat16 checkpoint.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def settings(last: int) -> dict[str, dict | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--calibrate", required=True)
-    parser.add_argument("--evaluate", required=True)
+    parser.add_argument("model", help="path of a model, or its name on the Hub")
+    parser.add_argument("--calibrate", required=True, help="text to calibrate on")
+    parser.add_argument("--evaluate", required=True, help="text to measure perplexity on")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter windows, fewer iterations")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings to run")
     arguments = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Two processes against one: how much faster a run gets when it is shared out.
+"""Speed of a run with two processes against one.
 
     python examples/benchmarks/processes.py [--quick] [--hidden 1024] [--layers 3] [--rounds 3]
 
-A random LLaMA-shaped checkpoint is binarized by one process and by two of one thread each, in turn, with `accelerate`'s
-environment variables and gloo. Printed per round: the ratio of wall times, which needs two idle cores, and the ratio of
-CPU times (of one process, to the busier one of two), which does not; both from after loading to the end of the run.
+A random LLaMA-shaped checkpoint is binarized in turn by one process and by two, of one thread each, with `accelerate`'s
+environment variables and gloo. Each round prints the ratio of wall times, which needs two idle cores, and the ratio of CPU
+times (of the one process to the busier of the two), which does not. Both are taken from after loading to the end of the
+run.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ def run(command: list[str], count: int) -> list[tuple[float, float, list[float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--iterations", type=int, default=15)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size")
+    parser.add_argument("--layers", type=int, default=3, help="number of decoder layers")
+    parser.add_argument("--samples", type=int, default=32, help="number of calibration samples")
+    parser.add_argument("--iterations", type=int, default=15, help="rounds of refinement")
+    parser.add_argument("--rounds", type=int, default=3, help="how often to repeat the comparison")
     parser.add_argument("--quick", action="store_true", help="one round of two layers of hidden size 256")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()

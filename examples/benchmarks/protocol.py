@@ -2,11 +2,13 @@
 
     python examples/benchmarks/protocol.py --model MODEL --data FOLDER --method arb-rc --refinement paper full --seeds 0 1 2
 
-FOLDER holds ``wiki.valid.raw`` (calibration) and ``wiki.test.raw`` (evaluation), the validation and test text of WikiText-2
-raw (``wikitext-2-raw-v1`` of ``Salesforce/wikitext`` on the Hub, its rows joined; or the files of its archive), and, for
-``--calibration c4``, ``c4.calib.jsonl`` with a ``text`` field a line. Calibration: 32 windows of 512 tokens of the joined text, starts drawn
-by a generator seeded with the run's seed. Evaluation: the first 40 non-overlapping windows of 512 tokens, float32;
-perplexity = exp(mean negative log-likelihood of the 511 predicted tokens of each window). The gap is
+FOLDER holds ``wiki.valid.raw`` (calibration) and ``wiki.test.raw`` (evaluation), the validation and test text of
+WikiText-2 raw: the joined rows of ``wikitext-2-raw-v1`` of ``Salesforce/wikitext`` on the Hub, or the files of its archive.
+``--calibration c4`` also needs ``c4.calib.jsonl``, with a ``text`` field on each line.
+
+Calibration takes 32 windows of 512 tokens of the joined text, with starts drawn by a generator that has the run's seed.
+Evaluation takes the first 40 non-overlapping windows of 512 tokens, in float32. Perplexity is
+exp(mean negative log-likelihood of the 511 predicted tokens of each window); the gap is
 log(perplexity) - log(perplexity in full precision).
 """
 
@@ -54,7 +56,7 @@ class Run:
 
 def add_data_option(parser: argparse.ArgumentParser) -> None:
     """``--data FOLDER``, whose two files are there, or argparse says which is not."""
-    words = "folder with wiki.valid.raw and wiki.test.raw, the text of WikiText-2 raw's splits"
+    words = "folder with wiki.valid.raw and wiki.test.raw, the validation and test text of WikiText-2 raw"
     parser.add_argument("--data", required=True, type=_text_folder, help=words)
 
 
@@ -98,25 +100,25 @@ def options_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model's path or name")
+    parser.add_argument("--model", required=True, help="path of a model, or its name on the Hub")
     add_data_option(parser)
-    parser.add_argument("--method", nargs="+", default=["arb-rc"])
-    parser.add_argument("--refinement", nargs="+", default=["paper", "full"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki")
+    parser.add_argument("--method", nargs="+", default=["arb-rc"], help="as in ArbConfig, one or more")
+    parser.add_argument("--refinement", nargs="+", default=["paper", "full"], help="as in ArbConfig, one or more")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds for choosing the windows")
+    parser.add_argument("--calibration", choices=["wiki", "c4"], default="wiki", help="text to calibrate on")
     parser.add_argument(
         "--option",
         nargs="*",
         default=[],
         metavar="KEY=JSON",
-        help="more ArbConfig options, as in scale_dtype='\"int8\"'",
+        help="more options of ArbConfig, such as scale_dtype='\"int8\"'",
     )
-    parser.add_argument("--full-precision", type=float, help="its perplexity, if known from an earlier run")
-    parser.add_argument("--threads", type=int, help="torch threads")
-    parser.add_argument("--json", type=Path, help="append one JSON line per run to this file")
     parser.add_argument(
-        "--quick", action="store_true", help="4 evaluation windows and 4 calibration windows: a smoke test"
+        "--full-precision", type=float, help="perplexity in full precision, if known from an earlier run"
     )
+    parser.add_argument("--threads", type=int, help="number of threads for torch")
+    parser.add_argument("--json", type=Path, help="file to append one line of JSON per run to")
+    parser.add_argument("--quick", action="store_true", help="4 windows for calibration and evaluation: a smoke test")
     return parser.parse_args(argv)
 
 

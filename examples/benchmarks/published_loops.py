@@ -1,7 +1,7 @@
-"""The published algorithm as plainly as it is written down: the peer that ``binarize.py`` measures against.
+"""The published algorithm, written as plainly as it is described: the peer that ``binarize.py`` measures against.
 
-Groups are NaN masks over the whole block, every candidate is binarized afresh, and every sum of ARB-X goes through an
-``[n, c, c]`` tensor, as in the paper's code. Nothing is shared with ``arb_hf`` but the Cholesky factor.
+Groups are NaN masks over the whole block, every candidate is binarized from scratch, and every sum of ARB-X goes through an
+``[n, c, c]`` tensor, as in the paper's code. Only the Cholesky factor comes from ``arb_hf``.
 """
 
 from __future__ import annotations

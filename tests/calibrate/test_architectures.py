@@ -8,13 +8,18 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
+    BertForSequenceClassification,
     BertLMHeadModel,
+    Gemma3TextConfig,
     GPT2Config,
-    LlamaModel,
     T5Config,
 )
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -22,7 +27,10 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.calibrate.decoder import find_decoder_layers, is_plain_linear, survey
+from arb_hf.calibrate.model import binarize_model
 from arb_hf.nn import BinaryExperts, BinaryLinear
+from helpers.byte_model import byte_tokenizer, byte_tokens, save_byte_model
+from helpers.classes import save_own_model
 from helpers.models import VOCABULARY, llama, token_samples
 from helpers.process import ROOT, fresh_process
 
@@ -135,11 +143,85 @@ def test_models_that_are_no_decoders_are_refused_with_one_sentence(tmp_path):
     assert "does not generate text" in refusal(masked, tmp_path / "bert", AutoModelForMaskedLM)
     causal = BertLMHeadModel(BertConfig(**bert, num_attention_heads=2))
     assert "is an encoder" in refusal(causal, tmp_path / "causal", BertLMHeadModel)
-    base = LlamaModel(llama().config)
-    assert "load it with AutoModelForCausalLM" in refusal(base, tmp_path / "base", LlamaModel)
+    classifier = BertForSequenceClassification(BertConfig(**bert, num_attention_heads=2))
+    assert "its backbone is no decoder's" in refusal(classifier, tmp_path / "seq", AutoModelForSequenceClassification)
+    both_ways = Gemma3TextConfig(**bert, num_attention_heads=2, num_key_value_heads=1, use_bidirectional_attention=True)
+    assert "its backbone is no decoder's" in refusal(AutoModel.from_config(both_ways), tmp_path / "both", AutoModel)
     crossed = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)
     crossed.bos_token_id = crossed.eos_token_id = 1
     assert "attends to an encoder" in refusal(AutoModelForCausalLM.from_config(crossed), tmp_path / "crossed")
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_a_decoder_under_another_head_is_binarized_as_under_a_language_models(auto, tmp_path):
+    llama().save_pretrained(tmp_path)
+    config = {"dataset": token_samples(4), "iterations": 2, "block_size": 32}
+    causal = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=ArbConfig(**config))
+    model = auto.from_pretrained(tmp_path, quantization_config=ArbConfig(**config))
+    expected, found = causal.model.state_dict(), model.base_model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert isinstance(model.base_model.layers[0].mlp.up_proj, BinaryLinear)
+
+
+def test_a_class_under_which_transformers_finds_no_backbone_is_refused(tmp_path):
+    message = refusal(llama(), tmp_path, AutoModelForQuestionAnswering)
+    assert "which expects transformer.* where the files have model.*" in message
+    assert "binarize the checkpoint with AutoModelForCausalLM" in message
+
+
+# Code of a model's own may lack what transformers' models have; config.json has nothing but its type.
+OWN = {
+    "plain": {},
+    "embeddings": {"embeddings": "other = None"},
+    "arguments": {"arguments": "input_ids"},
+    "generation": {"bases": "PreTrainedModel"},
+    "output": {"output": "(self.lm_head(hidden),)"},
+}
+
+
+@pytest.mark.parametrize("lacks", OWN)
+def test_a_model_with_code_of_its_own_is_binarized_and_measured(lacks, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    dense = save_own_model(tmp_path / lacks, **OWN[lacks])
+    config = ArbConfig(dataset=["some text and more " * 30], num_samples=4, sequence_length=32, block_size=32)
+    model = AutoModelForCausalLM.from_pretrained(dense, trust_remote_code=True, quantization_config=config)
+    assert isinstance(model.layers[1].up, BinaryLinear)
+    model.save_pretrained(tmp_path / "packed")
+    loaded = arb_hf.from_pretrained(tmp_path / "packed", trust_remote_code=True)
+    windows = byte_tokens(2, 20)
+    value = arb_hf.evaluate.perplexity(loaded, windows)
+    assert value == arb_hf.evaluate.perplexity(model, windows)
+    item = {"query": "Water is", "choices": ["wet", "a stone"], "gold": 0}
+    assert arb_hf.evaluate.multiple_choice(loaded, byte_tokenizer(), [item]).items == 1
+    assert not hasattr(loaded.config, "use_cache")
+
+
+def test_tokens_beyond_the_embeddings_are_refused_where_the_config_has_no_vocabulary(tmp_path):
+    dense = save_own_model(tmp_path / "vocabulary")
+    config = ArbConfig(dataset=[torch.full((20,), 300)])
+    with pytest.raises(ArbCalibrationError, match="has token 300, the model's vocabulary has 257"):
+        AutoModelForCausalLM.from_pretrained(dense, trust_remote_code=True, quantization_config=config)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_asked_for_as_an_object(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    folder = save_byte_model(tmp_path / "dense")
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    stored |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(stored))
+    (folder / "own.py").write_text("raise SystemExit('this ran')")
+    with pytest.raises(
+        ArbCalibrationError, match=r"tokenizer=AutoTokenizer\.from_pretrained\(\.\.\., trust_remote_code=True"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=ArbConfig(dataset=["text"], sequence_length=8))
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_calibration():
+    model = llama(1)
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.5
+    with pytest.raises(ArbCalibrationError, match=r"generation_config\.json could not be saved"):
+        binarize_model(model, ArbConfig(dataset=token_samples(1)), [])
 
 
 def test_models_that_change_states_between_layers_are_refused(monkeypatch, tmp_path):

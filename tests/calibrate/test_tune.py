@@ -284,19 +284,11 @@ def test_spool_keeps_both_models_states_apart():
 
 @pytest.mark.parametrize("overrides", [False, True])
 def test_layers_with_experts_are_left_out(tmp_path, caplog, overrides):
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=128,
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                num_local_experts=2,
-            )
-        )
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2))
     model.save_pretrained(tmp_path)
     kept = {"*.experts": None}  # stays in stacks
     with caplog.at_level(logging.WARNING, logger="arb_hf"):
@@ -376,14 +368,8 @@ def test_published_modules_among_others_are_not_tuned(tmp_path, monkeypatch):
     monkeypatch.setattr("arb_hf.calibrate.layer.tune_layer", note)
     tiny.save_model(tmp_path, layers=1)
     tiny.binarize(tmp_path, refinement="full", overrides={"*.q_proj": {"refinement": "paper"}})
-    assert sorted(name.rpartition(".")[2] for name in asked) == [
-        "down_proj",
-        "gate_proj",
-        "k_proj",
-        "o_proj",
-        "up_proj",
-        "v_proj",
-    ]
+    full = ["down_proj", "gate_proj", "k_proj", "o_proj", "up_proj", "v_proj"]
+    assert sorted(name.rpartition(".")[2] for name in asked) == full
 
 
 def test_steps_by_default():

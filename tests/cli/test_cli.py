@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import arb_hf
 from arb_hf import native
@@ -21,6 +21,7 @@ from arb_hf.cli.parser import COMMANDS, NOT_OPTIONS, argument_docs, build_parser
 from arb_hf.format import headers
 from arb_hf.report import ArbReport, TuneRecord
 from helpers.byte_model import save_byte_model
+from helpers.classes import save_own_model, save_vision_model
 from helpers.models import words
 from helpers.process import fresh_process
 
@@ -38,9 +39,9 @@ def here(tmp_path_factory):
     return folder
 
 
-def quantize(here, out, *options):
+def quantize(here, out, *options, of="dense"):
     return main(
-        ["quantize", str(here / "dense"), str(here / out), "--dataset", str(here / "text.txt"), "--num-samples", "4",
+        ["quantize", str(here / of), str(here / out), "--dataset", str(here / "text.txt"), "--num-samples", "4",
          "--sequence-length", "32", "--block-size", "32", "--iterations", "2", "--dtype", "float32", *options]
     )  # fmt: skip
 
@@ -54,7 +55,7 @@ def packed(here):
 
 @pytest.fixture(scope="module")
 def other(here):
-    assert quantize(here, "other", "--method", "billm", "--no-column-group-bitmap") == 0
+    assert quantize(here, "other", "--method", "billm", "--iterations", "15", "--no-column-group-bitmap") == 0
     return here / "other"
 
 
@@ -95,10 +96,12 @@ def test_quantize_speaks_json_and_flags(other, here, capsys):
         (["--block-size", "many"], "invalid int value"),
         (["--dtype", "float8"], "--dtype float8 is not one of"),
         (["--overrides", "{bad"], "argument --overrides: not JSON (Expecting property name"),
+        (["--max-shard-size", "5GiBB"], "max_shard_size='5GiBB' is no size"),
+        (["--base-model", "/home/me/model"], "base_model='/home/me/model' is no name on the Hub"),
     ],
 )
 def test_wrong_options_end_with_2_before_anything_is_loaded(here, options, message, capsys, monkeypatch):
-    monkeypatch.setattr("arb_hf.cli.commands._load", None)
+    monkeypatch.setattr("arb_hf.cli.commands.load", None)
     with pytest.raises(SystemExit) as caught:
         quantize(here, "never", *options)
     assert caught.value.code == 2
@@ -235,6 +238,38 @@ def test_inspect_of_methods_without_column_scales(other, capsys):
     assert said(capsys, "inspect", other)["bits_per_weight"] == pytest.approx(arb_hf.bits_per_weight(model))
 
 
+def test_every_command_works_on_a_model_that_takes_pictures_too(here, capsys):
+    save_vision_model(here / "vision")
+    assert quantize(here, "vision-arb", of="vision") == 0
+    capsys.readouterr()
+    assert (here / "vision-arb" / "processor_config.json").exists()
+    assert "AutoModelForImageTextToText" in (here / "vision-arb" / "README.md").read_text()
+    measured = said(capsys, "evaluate", here / "vision-arb", "--text", here / "text.txt", "--eval-length", "32")
+    assert measured["measurements"][0]["value"] > 0
+    assert said(capsys, "inspect", here / "vision-arb")["missing"] == []
+    said(capsys, "export", here / "vision-arb", here / "vision-dense", "--to", "dense")
+    AutoModelForImageTextToText.from_pretrained(here / "vision-dense")
+    assert (here / "vision-dense" / "processor_config.json").exists()
+
+
+def test_code_of_a_models_own_runs_where_the_command_line_trusts_it(here, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    save_own_model(here / "own")
+    trust = "--trust-remote-code"
+    commands = [
+        ["evaluate", str(here / "own-arb"), "--text", str(here / "text.txt"), "--eval-length", "32"],
+        ["export", str(here / "own-arb"), str(here / "own-dense"), "--to", "dense"],
+    ]
+    assert quantize(here, "own-arb", of="own") == 1
+    assert "--trust-remote-code on the command line" in capsys.readouterr().err
+    assert quantize(here, "own-arb", trust, of="own") == 0
+    for command in commands:
+        assert main(command) == 1
+        assert "comes with code of its own" in capsys.readouterr().err
+        assert main([*command, trust]) == 0
+    assert main(["inspect", str(here / "own-arb")]) == 0  # needs no code
+
+
 def test_inspect_of_a_dense_model(here, capsys):
     result = said(capsys, "inspect", here / "dense")
     assert result["options"] is None
@@ -330,6 +365,41 @@ def test_compare_shows_what_only_one_run_has(packed, other, tmp_path, capsys):
 def test_compare_refuses_a_dense_model(packed, here, capsys):
     assert main(["compare", str(packed), str(here / "dense")]) == 1
     assert "holds no model packed by arb_hf" in capsys.readouterr().err
+
+
+def test_compare_refuses_a_plot_that_cannot_be_drawn(packed, other, here, capsys):
+    for plot, message in (("x.nonsense", "end the name with one of"), ("nowhere/x.png", "there is no such folder")):
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", str(packed), str(other), "--plot", str(here / plot)])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "dense", "--type", "f16"], "--type has no effect with --to dense: it is for gguf"),
+        (["--to", "dense", "--pre-tokenizer", "qwen2"], "--pre-tokenizer has no effect with --to dense"),
+        (["--to", "gguf", "--dtype", "float16"], "--dtype has no effect with --to gguf: it is for dense"),
+        (["--to", "dense", "--dtype", "fp16"], "--dtype fp16 is not one of"),
+    ],
+)
+def test_export_refuses_options_without_effect_before_it_loads(packed, here, options, message, capsys, monkeypatch):
+    monkeypatch.setattr("arb_hf.cli.commands.from_pretrained", None)
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(packed), str(here / "never"), *options])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (here / "never").exists()
+
+
+def test_quantize_refuses_the_folder_of_an_adapter(here, capsys):
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit) as caught:
+        quantize(here, "adapter")
+    assert caught.value.code == 2
+    assert "adapter holds an adapter (adapter_config.json)" in capsys.readouterr().err
 
 
 def test_export_says_what_was_lost(packed, here, capsys):

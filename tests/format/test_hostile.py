@@ -27,7 +27,10 @@ from arb_hf.nn import binary_modules
 from helpers.process import DATA, ROOT
 
 GOLDEN = DATA / "golden"
+RC, RC_BF16, RC_INT8, ARB_INT8 = "arb-rc-two-float16", "arb-rc-two-bfloat16", "arb-rc-two-int8", "arb-two-int8"
 Q = "model.layers.0.self_attn.q_proj"
+WEIGHT, ROWS, EMBEDDING, NORM = f"{Q}.weight", f"{Q}.row_parameters", "model.embed_tokens.weight", "model.norm.weight"
+NAN, INF = float("nan"), float("inf")
 INDEX = "model.safetensors.index.json"
 Change = Callable[[dict], object]
 
@@ -36,7 +39,7 @@ Change = Callable[[dict], object]
 def model(tmp_path):
     """Copies a golden model to damage."""
 
-    def copy(name: str = "arb-rc-two-float16") -> Path:
+    def copy(name: str = RC) -> Path:
         shutil.copytree(GOLDEN / name, tmp_path / "model")
         return tmp_path / "model"
 
@@ -83,28 +86,25 @@ def inspected(folder: Path, capsys: pytest.CaptureFixture) -> str:
     return said.err
 
 
+BITMAP, NOT_FINITE = "salient_columns", "holds NaN or infinite values"
 VALUES = {  # golden model, part of q_proj, change, message
-    "NaN": ("arb-rc-two-float16", "row_parameters", lambda t: t[0, 0].fill_(float("nan")), "holds NaN or infinite values"),
-    "infinite": ("arb-rc-two-float16", "column_scales", lambda t: t[0, :1].fill_(float("inf")), "holds NaN or infinite"),
-    "NaN of salient columns": (
-        "arb-rc-two-bfloat16", "salient_column_scales", lambda t: t[1].fill_(float("nan")), "holds NaN or infinite values",
-    ),
-    "infinite step": ("arb-two-int8", "row_absmax", lambda t: t[1].fill_(float("-inf")), "holds NaN or infinite values"),
-    "negative step": ("arb-two-int8", "row_absmax", lambda t: t[1, :1].fill_(-1), "holds negative values"),
+    "NaN": (RC, "row_parameters", lambda t: t[0, 0].fill_(NAN), NOT_FINITE),
+    "infinite": (RC, "column_scales", lambda t: t[0, :1].fill_(INF), "holds NaN or infinite"),
+    "NaN of salient columns": (RC_BF16, "salient_column_scales", lambda t: t[1].fill_(NAN), NOT_FINITE),
+    "infinite step": (ARB_INT8, "row_absmax", lambda t: t[1].fill_(-INF), NOT_FINITE),
+    "negative step": (ARB_INT8, "row_absmax", lambda t: t[1, :1].fill_(-1), "holds negative values"),
     "negative zero": ("arb-x-two-bfloat16", "row_parameters", lambda t: t[0, 1, ::3].fill_(-0.0), r"holds -0.0; zeros"),
-    "negative zero column": ("arb-rc-two-float16", "column_scales", lambda t: t[1, :1].fill_(-0.0), "holds -0.0; zeros"),
-    "negative zero step": ("arb-two-int8", "row_absmax", lambda t: t[1, :1].fill_(-0.0), "holds -0.0"),
-    "code of a row": ("arb-two-int8", "row_parameters", lambda t: t[0, 0, :1].fill_(-128), "holds the code -128"),
-    "code of a column": ("arb-rc-two-int8", "column_scales", lambda t: t[0, :1].fill_(-128), "holds the code -128"),
-    "too many salient": ("arb-rc-two-float16", "salient_columns", lambda t: t.fill_(255), r"marks 40 columns, the config says \d+ of 36"),
-    "too few salient": ("arb-rc-two-float16", "salient_columns", lambda t: t.fill_(0), r"marks 0 columns, the config says"),
-    "salient past the last": (
-        "arb-rc-two-float16", "salient_columns", lambda t: (t[:4].fill_(0), t[4:].fill_(240)), r"marks \d+ columns",
-    ),
-    "bits past the last": ("arb-rc-two-float16", "weight", lambda t: t[-1].fill_(-1), "has bits set past its 36 columns"),
-    "group bits past the last": ("arb-rc-two-float16", "salient_groups", lambda t: t[-1].fill_(-1), "has bits set past"),
+    "negative zero column": (RC, "column_scales", lambda t: t[1, :1].fill_(-0.0), "holds -0.0; zeros"),
+    "negative zero step": (ARB_INT8, "row_absmax", lambda t: t[1, :1].fill_(-0.0), "holds -0.0"),
+    "code of a row": (ARB_INT8, "row_parameters", lambda t: t[0, 0, :1].fill_(-128), "holds the code -128"),
+    "code of a column": (RC_INT8, "column_scales", lambda t: t[0, :1].fill_(-128), "holds the code -128"),
+    "too many salient": (RC, BITMAP, lambda t: t.fill_(255), r"marks 40 columns, the config says \d+ of 36"),
+    "too few salient": (RC, BITMAP, lambda t: t.fill_(0), r"marks 0 columns, the config says"),
+    "salient past the last": (RC, BITMAP, lambda t: (t[:4].fill_(0), t[4:].fill_(240)), r"marks \d+ columns"),
+    "bits past the last": (RC, "weight", lambda t: t[-1].fill_(-1), "has bits set past its 36 columns"),
+    "group bits past the last": (RC, "salient_groups", lambda t: t[-1].fill_(-1), "has bits set past"),
     "second bits past the last": ("arb-rc-one-float16", "second_plane", lambda t: t[-1].fill_(-1), "has bits set past"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -121,21 +121,32 @@ def test_an_infinite_bias(model):
     refused(folder, rf"^model\.safetensors: {Q}\.bias holds NaN or infinite values")
 
 
-TENSORS = {
-    "missing": (lambda t: t.pop(f"{Q}.second_plane"), rf"^model\.safetensors: tensor {Q}\.second_plane is missing"),
-    "missing norm": (lambda t: t.pop("model.norm.weight"), r"^model\.safetensors: tensor model\.norm\.weight is missing"),
-    "missing embedding": (lambda t: t.pop("model.embed_tokens.weight"), r"tensor model\.embed_tokens\.weight is missing"),
-    "shape": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].clone()}), rf"{Q}\.weight is I32 \[1, 36\], expected I32 \[2, 36\]"),
-    "type": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].float()}), rf"{Q}\.weight is F32 .*expected I32"),
-    "type of scales": (lambda t: t.update({f"{Q}.row_parameters": t[f"{Q}.row_parameters"].bfloat16()}), "is BF16 .*expected F16"),
-    "flat": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].flatten()}), r"is I32 \[72\], expected I32 \[2, 36\]"),
-    "surplus part": (lambda t: t.update({f"{Q}.extra": torch.ones(1)}), rf"^model\.safetensors: surplus tensor {Q}\.extra"),
-    "surplus bias": (lambda t: t.update({f"{Q}.bias": torch.ones(36)}), rf"surplus tensor {Q}\.bias"),
-    "shape of a norm": (lambda t: t.update({"model.norm.weight": torch.ones(37)}), r"model\.norm\.weight is F32 \[37\], expected a floating type \[36\]"),
-    "type of an embedding": (
-        lambda t: t.update({"model.embed_tokens.weight": torch.ones(24, 36, dtype=torch.int32)}), r"is I32 \[24, 36\], expected a floating",
-    ),
-}  # fmt: skip
+def without(name: str) -> Change:
+    return lambda tensors: tensors.pop(name)
+
+
+def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda tensors: tensors.update({name: change(tensors[name])})
+
+
+def put(name: str, tensor: torch.Tensor) -> Change:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+WIDE, INTEGERS = torch.ones(37), torch.ones(24, 36, dtype=torch.int32)
+TENSORS = {  # change, message
+    "missing": (without(f"{Q}.second_plane"), rf"^model\.safetensors: tensor {Q}\.second_plane is missing"),
+    "missing norm": (without(NORM), r"^model\.safetensors: tensor model\.norm\.weight is missing"),
+    "missing embedding": (without(EMBEDDING), r"tensor model\.embed_tokens\.weight is missing"),
+    "shape": (changed(WEIGHT, lambda t: t[:-1].clone()), rf"{Q}\.weight is I32 \[1, 36\], expected I32 \[2, 36\]"),
+    "type": (changed(WEIGHT, torch.Tensor.float), rf"{Q}\.weight is F32 .*expected I32"),
+    "type of scales": (changed(ROWS, torch.Tensor.bfloat16), "is BF16 .*expected F16"),
+    "flat": (changed(WEIGHT, torch.Tensor.flatten), r"is I32 \[72\], expected I32 \[2, 36\]"),
+    "surplus part": (put(f"{Q}.extra", torch.ones(1)), rf"^model\.safetensors: surplus tensor {Q}\.extra"),
+    "surplus bias": (put(f"{Q}.bias", torch.ones(36)), rf"surplus tensor {Q}\.bias"),
+    "shape of a norm": (put(NORM, WIDE), r"model\.norm\.weight is F32 \[37\], expected a floating type \[36\]"),
+    "type of an embedding": (put(EMBEDDING, INTEGERS), r"is I32 \[24, 36\], expected a floating"),
+}
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -204,10 +215,14 @@ OPTIONS = {  # option: hostile values
     "group_bitmap": ("true", 1, None),
     "column_group_bitmap": (0, "no"),
     "format_version": (2, 10**30, 0, -1, "1", None, 1.0),
-    "modules": (None, {}, [], "x", 5, [Q], {Q: None}, {Q: 3}, {Q: {}}, {Q: {"salient_columns": -1}}, {"": {"salient_columns": 1}},
-                {Q: {"salient_columns": 1.0}}, {Q: {"salient_columns": 2**40}}, {Q: {"salient_columns": 10**400}}, {Q: {"salient_columns": 37}},
-                {Q: {"salient_columns": 3, "block_size": 0}}, {Q: {"salient_columns": 3, "block_size": 2**40}}, {Q: {"salient_columns": 3, "seed": 1}},
-                {"model.layers.9.q": {"salient_columns": 1}}, {"model.norm": {"salient_columns": 1}}, {Q + ".weight": {"salient_columns": 1}}),
+    "modules": (
+        None, {}, [], "x", 5, [Q], {Q: None}, {Q: 3}, {Q: {}}, {Q: {"salient_columns": -1}},
+        {"": {"salient_columns": 1}}, {Q: {"salient_columns": 1.0}}, {Q: {"salient_columns": 2**40}},
+        {Q: {"salient_columns": 10**400}}, {Q: {"salient_columns": 37}}, {Q: {"salient_columns": 3, "block_size": 0}},
+        {Q: {"salient_columns": 3, "block_size": 2**40}}, {Q: {"salient_columns": 3, "seed": 1}},
+        {"model.layers.9.q": {"salient_columns": 1}}, {"model.norm": {"salient_columns": 1}},
+        {Q + ".weight": {"salient_columns": 1}},
+    ),
     "overrides": (3, [], {"": {}}, {"*": 3}, {"*": {"block_size": 2**40}}, {"*": {"modules": {}}}),
     "damping": (10**400, -1, "0", [0]),
     "iterations": (0, 2**40, "1"),
@@ -227,12 +242,8 @@ def test_options_of_wrong_type_or_size(model, option, value):
 
 
 def test_other_options_than_the_tensors_were_made_with(model):
-    for option, value in (
-        ("method", "arb"),
-        ("block_size", 64),
-        ("scale_dtype", "float32"),
-        ("column_group_bitmap", False),
-    ):
+    others = {"method": "arb", "block_size": 64, "scale_dtype": "float32", "column_group_bitmap": False}
+    for option, value in others.items():
         folder = model()
         change_json(folder / "config.json", lambda tree, o=option, v=value: tree["quantization_config"].update({o: v}))
         refused(folder, r"^model\.safetensors: (surplus )?tensor .*")
@@ -259,7 +270,9 @@ MODEL = {
     "head_dim": (2**45, 0, 8),
     "model_type": ("nonsense", None, 3, "bert", "../x"),
     "architectures": (3,),
-    "rope_parameters": ({"rope_type": "nonsense"}, {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e11}, 5),
+    "rope_parameters": (
+        {"rope_type": "nonsense"}, {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e11}, 5,
+    ),
     "hidden_act": ("nonsense", 3),
     "dtype": ("nonsense", 3),
     "auto_map": ({"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},),
@@ -406,13 +419,8 @@ def test_inspect_of_wrong_options(model, options, capsys):
 
 
 def test_inspect_of_a_damaged_report(model, capsys):
-    for report in (
-        {"output_error": "x"},
-        {"measurements": 3},
-        {"measurements": [{}]},
-        {"seconds": [1]},
-        {"seconds": 10**400},
-    ):
+    wrong = {"output_error": "x"}, {"measurements": 3}, {"measurements": [{}]}, {"seconds": [1]}, {"seconds": 10**400}
+    for report in wrong:
         folder = model()
         (folder / "arb_report.json").write_text(json.dumps({"model": "x"} | report))
         assert "arb_report.json: not a report" in inspected(folder, capsys)

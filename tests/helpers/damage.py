@@ -27,10 +27,11 @@ from helpers.process import DATA
 GOLDEN = DATA / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 VALUES = (
-    None, True, False, 0, 1, -1, 2, 7, 31, 32, 33, 64, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**40, 2**63, 2**70, 10**400,
-    -(2**31), -(2**40), 0.0, -0.0, 0.5, 1e-30, 1e30, 1e308, float("nan"), float("inf"), "", "0", "1", "arb", "arb-rc", "arb-x",
-    "billm", "int8", "float16", "float32", "I32", "F16", "full", "../x", "/etc/passwd", "model.safetensors", "\x1b[31m", "é" * 50,
-    "x" * 5000, [], {}, [0], [2**40], [-1], {"salient_columns": 3}, {"salient_columns": 2**40}, {"": None}, [[]], [None] * 3,
+    None, True, False, 0, 1, -1, 2, 7, 31, 32, 33, 64, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**40, 2**63, 2**70,
+    10**400, -(2**31), -(2**40), 0.0, -0.0, 0.5, 1e-30, 1e30, 1e308, float("nan"), float("inf"), "", "0", "1", "arb",
+    "arb-rc", "arb-x", "billm", "int8", "float16", "float32", "I32", "F16", "full", "../x", "/etc/passwd",
+    "model.safetensors", "\x1b[31m", "é" * 50, "x" * 5000, [], {}, [0], [2**40], [-1], {"salient_columns": 3},
+    {"salient_columns": 2**40}, {"": None}, [[]], [None] * 3,
 )  # fmt: skip
 RECORD = MatrixRecord("model.layers.0.x", 0, "x", 8, 8, 100, SolveRecord(0.1, 0.1, 0.01, False, 0, 1, 2.0, 0.1), 9)
 REPORT = ArbReport({"method": "arb"}, "me/x", 1, 9, [RECORD], coverage=Coverage((Matrix("x", 0, 64),), 10))
@@ -211,8 +212,9 @@ def index(random: Random, folder: Path) -> str:
     else:
         key = random.choice(sorted(tree["weight_map"]))
         tree["weight_map"][key] = done = random.choice(
-            ("../x.safetensors", f"../{folder.name}/{files[0]}", "/etc/hostname", str(folder / files[0]), "none.safetensors",
-             "config.json", "", ".", "..", "a/b.safetensors", files[-1], 3, None, ["x"], "\x00", "..\\x")
+            ("../x.safetensors", f"../{folder.name}/{files[0]}", "/etc/hostname", str(folder / files[0]),
+             "none.safetensors", "config.json", "", ".", "..", "a/b.safetensors", files[-1], 3, None, ["x"], "\x00",
+             "..\\x")
         )  # fmt: skip
     path.write_text(json.dumps(tree))
     return f"index: {done}"
@@ -237,8 +239,8 @@ def files(random: Random, folder: Path) -> str:
 
 
 DAMAGES: tuple[Callable[[Random, Path], str], ...] = (
-    cut, bytes_of_file, bytes_of_file, tensor_values, tensor_values, header, header, config, config, config, text, index, files,
-    other_json,
+    cut, bytes_of_file, bytes_of_file, tensor_values, tensor_values, header, header, config, config, config, text,
+    index, files, other_json,
 )  # fmt: skip
 
 
@@ -290,7 +292,7 @@ KINDS = (
     (r"no model can be made", "config.json makes no model"),
     (r"not a model packed by", "not packed by arb_hf"),
     (r"config\.json", "config.json disagrees"),
-    (r"outside the model's folder|no file of the model's own folder|outside the Hub", "place outside the folder"),
+    (r"outside the model's folder|not a file in the model's own folder|outside the Hub", "place outside the folder"),
     (r"index\.json", "index of shards"),
     (r"cut off|not a (readable )?safetensors|safetensors files", "not a safetensors file"),
     (r"is missing|missing keys|are no safetensors", "tensor or file missing"),

@@ -293,6 +293,8 @@ class Handler(BaseHTTPRequestHandler):
                     self._refuse(400, message=f"{value['path']}: LFS object not uploaded")
                     return
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
         answer = {}
         if "create_pr" in query:
             repository.pull_requests += 1

@@ -25,6 +25,8 @@ def save_model(
 
 def config(**options: Any) -> ArbConfig:
     defaults = {"dataset": token_samples(6, 24), "iterations": 2, "block_size": 32, "max_salient_columns": 6}
+    if options.get("refinement") == "full":
+        del defaults["iterations"]  # which "full" has none of
     return ArbConfig(**(defaults | options))
 
 

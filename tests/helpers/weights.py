@@ -8,19 +8,14 @@ from torch import Tensor
 from arb_hf.format.form import BinaryForm
 from arb_hf.format.weight import BinaryWeight
 
-# groups, salient groups, column scales
-FORMS = [(1, 1, True), (2, 1, True), (2, 2, True), (1, 1, False), (2, 1, False), (2, 2, False)]
+Form = tuple[int, int, bool]  # groups, salient groups, column scales
+FORMS: list[Form] = [(1, 1, True), (2, 1, True), (2, 2, True), (1, 1, False), (2, 1, False), (2, 2, False)]
 # out_features, in_features, block_size: rows and columns that fill no register, no word, no byte; blocks of all widths
 SHAPES = [(1, 1, 128), (5, 33, 32), (48, 128, 128), (33, 300, 128), (16, 131, 64), (70, 700, 256), (35, 1000, 1024)]
 
 
 def random_weight(
-    shape: tuple[int, int],
-    block: int,
-    form: tuple[int, int, bool],
-    dtype: str = "float16",
-    seed: int = 0,
-    most: int = 25,
+    shape: tuple[int, int], block: int, form: Form, dtype: str = "float16", seed: int = 0, most: int = 25
 ) -> BinaryWeight:
     """A weight with random bits and scales and 0 to ``most`` salient columns in each block."""
     (n, m), (groups, salient_groups, by_column) = shape, form

@@ -157,14 +157,14 @@ class TestShortcut:
 
     def test_it_is_taken_and_agrees_with_the_operator(self) -> None:
         layer, x = self.layer(), activations(2, 3, 300)
-        assert ops.shortcut_for(x, {})
+        assert layer._matmul.shortcut(x, layer._parameters) is not None
         assert torch.equal(layer(x), ops.binary_linear(x, layer.packed, layer.form))
 
     def test_not_where_a_gradient_is_wanted(self) -> None:
-        x = activations(2, 300).requires_grad_()
-        assert not ops.shortcut_for(x, {})
+        layer, x = self.layer(), activations(2, 300).requires_grad_()
+        assert layer._matmul.shortcut(x, layer._parameters) is None
         with torch.no_grad():
-            assert ops.shortcut_for(x, {})
+            assert layer._matmul.shortcut(x, layer._parameters) is not None
 
     def test_new_tensors_are_seen(self) -> None:
         layer, other, x = (

@@ -32,10 +32,11 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 @pytest.mark.skipif(native.library() is None, reason="the C library is not built")
 @settings(max_examples=120, deadline=None)
 @given(
-    n=st.integers(1, 70), m=st.integers(1, 300), block=st.integers(1, 5), form=st.sampled_from(FORMS), most=st.integers(0, 60),
-    scales=st.sampled_from(sorted(SCALE_DTYPES)), tokens=st.sampled_from([1, 2, 5, 16, 17, 20]), seed=st.integers(0, 2**31),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), layout=st.sampled_from(LAYOUTS),
-    strided=st.booleans(), isa=st.integers(0, 2),
+    n=st.integers(1, 70), m=st.integers(1, 300), block=st.integers(1, 5), form=st.sampled_from(FORMS),
+    most=st.integers(0, 60), scales=st.sampled_from(sorted(SCALE_DTYPES)),
+    tokens=st.sampled_from([1, 2, 5, 16, 17, 20]), seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    layout=st.sampled_from(LAYOUTS), strided=st.booleans(), isa=st.integers(0, 2),
 )  # fmt: skip
 def test_kernels_agree_on_any_shape_stride_and_type(
     n, m, block, form, most, scales, tokens, seed, dtype, layout, strided, isa

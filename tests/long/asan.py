@@ -121,16 +121,8 @@ def kernels(random: Random, torch: Any) -> None:
     groups = random.choice((1, 2))
     salient = torch.rand(m) < share
     claimed = int(salient.sum()) if random.random() < 0.8 else random.randrange(m + 1)
-    form = BinaryForm(
-        n,
-        m,
-        claimed,
-        block,
-        groups,
-        random.randint(1, groups),
-        random.random() < 0.5,
-        random.choice(sorted(SCALE_DTYPES)),
-    )
+    stored = groups, random.randint(1, groups), random.random() < 0.5, random.choice(sorted(SCALE_DTYPES))
+    form = BinaryForm(n, m, claimed, block, *stored)
     tensors = {}
     for name, (shape, dtype) in form.tensors().items():
         if dtype.is_floating_point:
@@ -223,16 +215,8 @@ def main() -> int:
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "PYTHONMALLOC": "malloc",
         }
-        command = [
-            sys.executable,
-            __file__,
-            "--library",
-            library,
-            "--seconds",
-            str(args.seconds),
-            "--seed",
-            str(args.seed),
-        ]
+        options = ["--library", library, "--seconds", str(args.seconds), "--seed", str(args.seed)]
+        command = [sys.executable, __file__, *options]
         canary = subprocess.run([*command, "--canary"], env=environment, capture_output=True, text=True, check=False)
         if "heap-buffer-overflow" not in canary.stderr:
             print(f"a deliberate overflow was not found: the sanitizer does not work here\n{canary.stderr[-2000:]}")

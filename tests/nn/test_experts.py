@@ -256,20 +256,12 @@ FAMILIES = {
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "head_dim": 32},
     "gpt_oss": {"head_dim": 32},
     "deepseek_v3": {
-        "n_routed_experts": EXPERTS,
-        "moe_intermediate_size": INNER,
-        "first_k_dense_replace": 0,
-        "n_group": 1,
-        "topk_group": 1,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 32,
-        "head_dim": 16,
+        "n_routed_experts": EXPERTS, "moe_intermediate_size": INNER, "first_k_dense_replace": 0, "n_group": 1,
+        "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+        "v_head_dim": 32, "head_dim": 16,
     },
     "llama4_text": {"intermediate_size_mlp": INNER, "head_dim": 32},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,8 +4,8 @@
 
 Only what is missing is made: a file that was published once is never written again, whatever becomes of the code that
 made it, for it stands for the checkpoints that people keep. A new option, a new value of one, or a new form of storing
-gets new cases here (tests/format/test_golden.py fails until it has one). ``digests.json`` has the hash of every file, and of
-every matrix as the release that wrote it unpacked it.
+gets new cases here (tests/format/test_golden.py fails until it has one). ``digests.json`` has the hash of every file,
+and of every matrix as the release that wrote it unpacked it.
 """
 
 from __future__ import annotations
