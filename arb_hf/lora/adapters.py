@@ -33,11 +33,12 @@ def lora_config(model: nn.Module, **options: Any) -> PackedLoraConfig:
     Args:
         model: the packed model, with or without adapters.
         options: of ``peft.LoraConfig``: ``r``, ``lora_alpha``, ``lora_dropout``, ``target_modules``... Names are those
-            of the packed model or of the original one; ``"all-linear"`` means all binary layers.
+            of the packed model or of the original one; ``"all-linear"`` means all binary layers. PEFT refuses LoRA on
+            the ``out_proj`` of Mamba, so "all" leaves it out.
 
     Raises:
-        ValueError: the model has no binary layers, or their scales are being trained already; a target matches nothing;
-            an option is not possible on binary layers.
+        ValueError: the model has no binary layers, some are offloaded, or their scales are being trained already; a
+            target matches nothing; an option is not possible on binary layers.
     """
     require_frozen(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model

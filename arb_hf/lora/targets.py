@@ -83,12 +83,15 @@ def resolve(model: nn.Module, given: LoraConfig) -> PackedLoraConfig:
             the packed model or of the original one.
 
     Raises:
-        ValueError: the model has no binary layers; a name matches nothing, or single experts; an option has no place
-            on binary layers.
+        ValueError: the model has no binary layers, or some are offloaded; a name matches nothing, or single experts; an
+            option has no place on binary layers.
     """
     places = Places.of(model)
     if not places.matrices():
         raise ValueError("this model has no binary layers to adapt")
+    for name, module in [*places.binary.items(), *places.experts.items()]:
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(f"{name} is offloaded, where adapters cannot follow it: load the model without offloading")
     check_options(given)
     _check_modules_to_save(given, places)
     wanted, everything = copy.copy(given), _everything(given)

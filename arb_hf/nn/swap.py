@@ -109,7 +109,8 @@ def require_plain(model: nn.Module) -> None:
     if adapted is not None:
         raise ValueError(
             f"{adapted} has adapters, which are no part of a packed model: save them alone with the save_pretrained of "
-            "the model that you train, and get the packed model back with peft_model.unload(), or load it again"
+            "the model that you train, and get the packed model back with peft_model.unload(), or a dense model with "
+            "them by arb_hf.lora.merge_lora(peft_model)"
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is not a model of transformers: pass the PreTrainedModel itself")
