@@ -125,9 +125,9 @@ def test_a_failed_run_leaves_no_empty_folder(here, capsys):
     assert quantize(here, "failed", "--num-samples", "4", "--dataset", str(here / "nothing.txt")) == 1
     assert "nothing.txt does not exist" in capsys.readouterr().err
     assert not (here / "failed").exists()
-    (here / "own").mkdir()
-    assert quantize(here, "own", "--dataset", str(here / "nothing.txt")) == 1
-    assert (here / "own").exists()
+    (here / "made-before").mkdir()
+    assert quantize(here, "made-before", "--dataset", str(here / "nothing.txt")) == 1
+    assert (here / "made-before").exists()
 
 
 def test_a_full_disk_leaves_nothing(here, monkeypatch, capsys):
