@@ -254,20 +254,20 @@ def test_every_command_works_on_a_model_that_takes_pictures_too(here, capsys):
 
 def test_code_of_a_models_own_runs_where_the_command_line_trusts_it(here, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
-    save_own_model(here / "own")
+    save_own_model(here / "coded")
     trust = "--trust-remote-code"
     commands = [
-        ["evaluate", str(here / "own-arb"), "--text", str(here / "text.txt"), "--eval-length", "32"],
-        ["export", str(here / "own-arb"), str(here / "own-dense"), "--to", "dense"],
+        ["evaluate", str(here / "coded-arb"), "--text", str(here / "text.txt"), "--eval-length", "32"],
+        ["export", str(here / "coded-arb"), str(here / "coded-dense"), "--to", "dense"],
     ]
-    assert quantize(here, "own-arb", of="own") == 1
+    assert quantize(here, "coded-arb", of="coded") == 1
     assert "--trust-remote-code on the command line" in capsys.readouterr().err
-    assert quantize(here, "own-arb", trust, of="own") == 0
+    assert quantize(here, "coded-arb", trust, of="coded") == 0
     for command in commands:
         assert main(command) == 1
         assert "comes with code of its own" in capsys.readouterr().err
         assert main([*command, trust]) == 0
-    assert main(["inspect", str(here / "own-arb")]) == 0  # needs no code
+    assert main(["inspect", str(here / "coded-arb")]) == 0  # needs no code
 
 
 def test_inspect_of_a_dense_model(here, capsys):
