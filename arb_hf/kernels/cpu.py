@@ -1,4 +1,4 @@
-"""The C kernels (``arb_hf/csrc/linear*.c``): lookup tables for a few tokens, decoded tiles for many."""
+"""The C kernels (``arb_hf/csrc/matmul.c``): lookup tables for a few tokens, decoded tiles for many."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import ArbFormatError
 from ..format.form import BinaryForm
 from .plain import is_plain_tensor
 
-# Number of each type in csrc/linear.h.
+# Number of each type in csrc/layer.h.
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}
 ACTIVATIONS = {dtype: number for dtype, number in TYPES.items() if dtype.is_floating_point}
 TILE_ROWS = (
@@ -27,7 +27,7 @@ TABLE_TOKENS = 16  # up to this many tokens go by lookup tables; measured, see e
 
 
 class Layer(ctypes.Structure):
-    """``arb_layer`` of csrc/linear.h."""
+    """``arb_layer`` of csrc/layer.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "columns", "salient_columns", "block_size")),

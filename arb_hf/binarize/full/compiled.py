@@ -1,4 +1,4 @@
-"""The C twin of :func:`arb_hf.binarize.full.rounding.round_columns` (``csrc/round.c``), for float32 tensors on the CPU."""
+"""The C twin of :func:`arb_hf.binarize.full.rounding.round_columns` (``csrc/rounding.c``), for float32 tensors on the CPU."""
 
 from __future__ import annotations
 

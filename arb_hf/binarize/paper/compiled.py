@@ -52,7 +52,7 @@ def fit_arb(values: Tensor, member: Tensor, order: int, iterations: int) -> Fit:
     n, k = values.shape
     values, member = values.contiguous(), member.contiguous()
     signs, rows, mean = values.new_empty(order, n, k), values.new_empty(order, n), values.new_empty(n)
-    call("arb_fit_means", values, member, n, k, order, iterations, native.isa(), signs, rows, mean)
+    call("arb_fit_arb", values, member, n, k, order, iterations, native.isa(), signs, rows, mean)
     return Fit(signs.unbind(), rows.unbind(), mean)
 
 
@@ -61,5 +61,5 @@ def fit_arb_rc(values: Tensor, member: Tensor, iterations: int) -> Fit:
     n, k = values.shape
     values, member = values.contiguous(), member.contiguous()
     signs, rows, columns = values.new_empty(2, n, k), values.new_empty(2, n), values.new_empty(2, k)
-    call("arb_fit_scales", values, member, n, k, iterations, native.isa(), signs, rows, columns)
+    call("arb_fit_arb_rc", values, member, n, k, iterations, native.isa(), signs, rows, columns)
     return Fit(signs.unbind(), rows.unbind(), columns=columns.unbind())
