@@ -223,6 +223,8 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
                 f"config.json: {name} cannot have {form.salient_columns} salient columns of {form.in_features}"
             )
         new = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        for parameter in new.parameters():  # parents initialize weights that stay on disk: GPT-2 its c_proj.weight
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model.set_submodule(name, new)
 
 

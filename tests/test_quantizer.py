@@ -309,3 +309,26 @@ def test_dequantizing_works_after_saving_too(packed, tmp_path):
     dense = arb_hf.dequantize(model)
     assert not any(isinstance(module, BinaryLinear) for module in dense.modules())
     torch.testing.assert_close(dense(IDS).logits, logits, rtol=1e-2, atol=1e-2)
+
+
+def test_tensor_parallelism_is_refused_by_name_before_weights_are_read(packed, tiny_model):
+    """One process suffices: transformers wants to split over as many as there are."""
+    _, folder, _ = packed
+    result = fresh_process(
+        f"""
+import torch.distributed, arb_hf
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+from transformers import AutoModelForCausalLM
+config = arb_hf.ArbConfig(dataset=["w1 w2"])
+for source, options in (({str(folder)!r}, {{}}), ({str(tiny_model)!r}, {{"quantization_config": config}})):
+    try:
+        AutoModelForCausalLM.from_pretrained(source, tp_plan="auto", **options)
+    except ValueError as error:
+        assert "does not support tensor parallelism" in str(error) and "device_map='auto'" in str(error), error
+        print("refused")
+""",
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+    )
+    assert result.stdout.count("refused") == 2, result.stderr

@@ -13,7 +13,7 @@ from ..config import QUANT_METHOD
 from ..folders import CONFIG, replaced, require_place
 from ..format.headers import read_json
 from ..nn import binary_modules
-from ..nn.offloaded import fetch_all, stored_weight
+from ..nn.offloaded import fetch_all, is_offloaded, stored_weight
 from ..nn.swap import dequantize, require_plain
 from .result import Exported, Rounding
 
@@ -46,7 +46,9 @@ def export_dense(
     for module in binary_modules(model).values():
         weight = stored_weight(module).dequantize()
         rounding.add(weight, weight.to(wanted))
-    fetch_all(model)
+    if is_offloaded(model):
+        fetch_all(model)
+        vars(model).pop("hf_device_map", None)  # transformers would save layer after layer, and warn
     dequantize(model, wanted)
     model.to(wanted)  # type: ignore[arg-type]
     with replaced(folder) as staged:

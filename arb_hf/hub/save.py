@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.modeling_utils import unwrap_model
 
 from ..folders import replaced, require_place
 from ..format.headers import REPORT_FILE
@@ -62,7 +62,7 @@ def save_pretrained(
             is written then.
         OSError: ``folder`` cannot be written.
     """
-    model = unwrap_model(model)  # torch.compile's, DistributedDataParallel's
+    model = extract_model_from_parallel(model, keep_torch_compile=False)  # torch.compile's, DistributedDataParallel's
     require_arguments(repo_id, base_model, kwargs)
     options = {name: value for name, value in kwargs.items() if name in ACCEPTED}
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):

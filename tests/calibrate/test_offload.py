@@ -211,3 +211,39 @@ def test_maps_become_loading_maps_and_devices():
     assert Placement({"a": "cpu", "b": "disk", "c": torch.device("cuda", 1)}).execution_device() == torch.device(
         "cuda", 1
     )
+
+
+@pytest.mark.usefixtures("exact_kernel")
+def test_layers_on_disk_become_dense_and_stay_there(dense, tmp_path):
+    model = tiny.binarize(dense)
+    model.save_pretrained(tmp_path / "packed")
+    device_map = LAYERS_ON_DISK | {"lm_head": "cpu"}
+    offloaded = arb_hf.from_pretrained(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload")
+    assert arb_hf.dequantize(offloaded) is offloaded
+    arb_hf.dequantize(model)
+    assert all(tensor.is_meta for tensor in offloaded.model.layers.parameters())
+    assert type(offloaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert torch.equal(offloaded(IDS).logits, model(IDS).logits)
+    tiny.assert_equal(tiny.saved(offloaded, tmp_path / "one"), tiny.saved(model, tmp_path / "other"))
+
+
+def test_layers_on_disk_are_not_saved_over_their_own_files(dense, tmp_path):
+    tiny.binarize(dense).save_pretrained(tmp_path / "packed")
+    device_map = LAYERS_ON_DISK | {"lm_head": "cpu"}
+    model = arb_hf.from_pretrained(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match=r"on disk, in the files of .* itself: save it to another folder"):
+        arb_hf.save_pretrained(model, None, tmp_path / "packed")
+    arb_hf.save_pretrained(model, None, tmp_path / "other", max_shard_size="40KB")
+    assert torch.equal(arb_hf.from_pretrained(tmp_path / "other")(IDS).logits, model(IDS).logits)
+
+
+def test_layers_of_gpt2_load_to_disk(tmp_path):
+    """Its attention initializes ``c_proj.weight``, which is packed here and stays on disk."""
+    sizes = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "dense")
+    model = tiny.binarize(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "packed")
+    places = {"wte": "cpu", "wpe": "cpu", "drop": "cpu", "h": "disk", "ln_f": "cpu"}
+    device_map = {f"transformer.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
+    offloaded = arb_hf.from_pretrained(tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload")
+    assert torch.equal(offloaded(IDS).logits, model(IDS).logits)

@@ -95,6 +95,8 @@ def test_quantize_speaks_json_and_flags(other, here, capsys):
         (["--block-size", "many"], "invalid int value"),
         (["--dtype", "float8"], "--dtype float8 is not one of"),
         (["--overrides", "{bad"], "argument --overrides: not JSON (Expecting property name"),
+        (["--max-shard-size", "5GiBB"], "max_shard_size='5GiBB' is no size"),
+        (["--base-model", "/home/me/model"], "base_model='/home/me/model' is no name on the Hub"),
     ],
 )
 def test_wrong_options_end_with_2_before_anything_is_loaded(here, options, message, capsys, monkeypatch):
@@ -330,6 +332,41 @@ def test_compare_shows_what_only_one_run_has(packed, other, tmp_path, capsys):
 def test_compare_refuses_a_dense_model(packed, here, capsys):
     assert main(["compare", str(packed), str(here / "dense")]) == 1
     assert "holds no model packed by arb_hf" in capsys.readouterr().err
+
+
+def test_compare_refuses_a_plot_that_cannot_be_drawn(packed, other, here, capsys):
+    for plot, message in (("x.nonsense", "end the name with one of"), ("nowhere/x.png", "there is no such folder")):
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", str(packed), str(other), "--plot", str(here / plot)])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "dense", "--type", "f16"], "--type has no effect with --to dense: it is for gguf"),
+        (["--to", "dense", "--pre-tokenizer", "qwen2"], "--pre-tokenizer has no effect with --to dense"),
+        (["--to", "gguf", "--dtype", "float16"], "--dtype has no effect with --to gguf: it is for dense"),
+        (["--to", "dense", "--dtype", "fp16"], "--dtype fp16 is not one of"),
+    ],
+)
+def test_export_refuses_options_without_effect_before_it_loads(packed, here, options, message, capsys, monkeypatch):
+    monkeypatch.setattr("arb_hf.cli.commands.from_pretrained", None)
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(packed), str(here / "never"), *options])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (here / "never").exists()
+
+
+def test_quantize_refuses_the_folder_of_an_adapter(here, capsys):
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit) as caught:
+        quantize(here, "adapter")
+    assert caught.value.code == 2
+    assert "adapter holds an adapter (adapter_config.json)" in capsys.readouterr().err
 
 
 def test_export_says_what_was_lost(packed, here, capsys):

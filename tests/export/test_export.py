@@ -8,8 +8,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import arb_hf
 from arb_hf.export import export_dense, export_gguf
@@ -247,6 +255,133 @@ def test_gguf_names_the_rule_that_splits_text(rule, name):
     assert splitting(tokenizer) == name
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert splitting(tokenizer) is None
+
+
+def experts(kind):
+    common = {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    common |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt_oss":  # transposed stacks, with biases
+        model = GptOssForCausalLM(GptOssConfig(**common, pad_token_id=0, intermediate_size=64, num_local_experts=3))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_(0, 0.02)
+        return model
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, intermediate_size=64, moe_intermediate_size=32, num_experts=3))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_exported(tmp_path, kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        experts(kind).eval().save_pretrained(tmp_path / "original")
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), block_size=32, iterations=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
+    assert any(".experts." in name for name in binary_modules(model))
+    before = logits(model)
+    result = export_dense(model, None, tmp_path / "dense", "float32")
+    assert result.rounding == 0 and result.matrices["float32"] == 2 * (4 + 3 * 2)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(dense), before, rtol=1e-4, atol=1e-5)
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    assert [name for name, _ in dense.named_parameters()] == [name for name, _ in original.named_parameters()]
+
+
+def test_layers_on_disk_are_exported_as_those_in_memory(model, packed, tmp_path):
+    places = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk"}
+    options = {"device_map": places | {"lm_head": "cpu"}, "offload_folder": tmp_path / "offload"}
+    on_disk = arb_hf.from_pretrained(packed, **options)
+    for name, each in {"memory": model, "disk": on_disk}.items():
+        export_gguf(each, byte_tokenizer(), tmp_path / f"{name}.gguf")
+        export_dense(each, None, tmp_path / name)
+    assert (tmp_path / "disk.gguf").read_bytes() == (tmp_path / "memory.gguf").read_bytes()
+    for file in (tmp_path / "memory").iterdir():
+        assert (tmp_path / "disk" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", torch.int8, torch.float64, None])
+def test_types_that_no_checkpoint_has_are_refused(model, tmp_path, dtype):
+    with pytest.raises(ValueError, match="is not one of auto, float32, bfloat16, float16"):
+        export_dense(model, None, tmp_path / "x", dtype)
+    assert binary_modules(model) and not list(tmp_path.iterdir())
+
+
+def test_the_name_of_a_type_is_that_type(model, tmp_path):
+    assert export_dense(model, None, tmp_path, "float16").matrices == {"float16": 14}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.float16
+
+
+def test_a_packed_model_is_not_overwritten_by_its_export(packed):
+    before = {path.name: path.read_bytes() for path in packed.iterdir()}
+    with pytest.raises(ValueError, match="holds a packed model: name another folder"):
+        export_dense(arb_hf.from_pretrained(packed), None, packed)
+    assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
+
+
+def test_scales_in_training_are_not_exported(model, tmp_path):
+    arb_hf.scales.unfreeze(model)
+    for export in (export_dense, export_gguf):
+        with pytest.raises(ValueError, match=r"arb_hf\.scales\.freeze"):
+            export(model, byte_tokenizer(), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_act": "gelu"}, "the activation gelu"),
+        ({"sliding_window": 64}, "a sliding window .64 of 256 positions"),
+        ({"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]}, "a sliding window"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "scaled rotary embeddings"),
+        ({"model_type": "gemma"}, "this is gemma"),
+    ],
+)
+def test_gguf_refuses_a_config_that_it_cannot_express(model, tmp_path, options, message):
+    vars(model.config).update(options)
+    with pytest.raises(ValueError, match=message):
+        export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_gguf_expresses_a_window_that_is_never_reached(model, tmp_path):
+    model.config.sliding_window = model.config.max_position_embeddings
+    export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
+    model.config.sliding_window, model.config.layer_types = 64, ["full_attention"] * 2
+    export_gguf(model, byte_tokenizer(), tmp_path / "n.gguf")
+
+
+@pytest.mark.parametrize(("model_type", "lost"), [("llama", None), ("mistral", "q_proj"), ("qwen2", "o_proj")])
+def test_gguf_refuses_biases_that_llama_cpp_does_not_add(model, tmp_path, model_type, lost):
+    for module in (model.model.layers[0].self_attn, model.model.layers[1].self_attn):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            layer = getattr(module, name)
+            layer.bias = torch.nn.Parameter(torch.ones(layer.out_features), requires_grad=False)
+    model.config.model_type = model_type
+    if lost is None:
+        export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
+        assert read(tmp_path / "m.gguf")[1]["blk.0.attn_q.bias"][1].tolist() == [1.0] * 128
+        return
+    with pytest.raises(ValueError, match=rf"has no place for model\.layers\.0\.self_attn\.{lost}\.bias"):
+        export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_gguf_refuses_arguments_that_make_no_sense(model, tmp_path):
+    with pytest.raises(ValueError, match="type='q4_0' is not one of auto, q1_0, f16, f32"):
+        export_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", "q4_0")
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere for .*: make it first"):
+        export_gguf(model, byte_tokenizer(), tmp_path / "nowhere" / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_gguf_says_whether_texts_start_with_a_token(model, tmp_path):
+    tokenizer = byte_tokenizer()
+    for name, starts in (("plain", False), ("started", True)):
+        export_gguf(model, tokenizer, tmp_path / name)
+        fields = {key: field.contents() for key, field in read(tmp_path / name)[0].fields.items()}
+        assert fields["tokenizer.ggml.add_bos_token"] is starts
+        assert fields["tokenizer.ggml.add_eos_token"] is False
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
 
 
 def test_gguf_says_when_it_does_not_know_the_rule(model, tmp_path, caplog):

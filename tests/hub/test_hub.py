@@ -123,6 +123,9 @@ def published(made, tmp_path_factory):
             arb_hf.push_folder(folder, "me/memory", create_pr=True, commit_message="better")
             HfApi().upload_file(path_or_fileobj=b"# By a person", path_in_repo="README.md", repo_id="me/memory")
             arb_hf.push_folder(folder, "me/memory")
+            arb_hf.push_to_hub(model, None, "me/shards", max_shard_size="40KB")
+            HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="me/shards")
+            arb_hf.push_to_hub(model, None, "me/shards")
             print(json.dumps(told))
             """,
         )
@@ -173,6 +176,12 @@ def test_push_of_a_model_in_memory(published):
     card = repository.files("v1")["README.md"].decode()
     assert 'from_pretrained("me/memory")' in card
     assert "300.25" in card  # the report came along from the folder that the model was loaded from
+
+
+def test_a_push_in_other_shards_leaves_none_of_the_older(published):
+    files = set(published.hub.repositories["me/shards"].files("main"))
+    assert files >= {"model.safetensors", "config.json", "notes.txt"}
+    assert not [name for name in files if "-of-" in name or "index" in name]
 
 
 def test_pull_request(published):
