@@ -12,6 +12,7 @@ Where things are, from the roof to the ground; a room imports from rooms below i
 ``export``, ``evaluate``, ``bits``  other formats; perplexity and accuracy; true bits of a model
 ``calibrate``, ``checks``           a whole run, decoder layer after decoder layer; what a packed checkpoint must satisfy
 ``config``, ``report``, ``text``    the choices of a run, the record of it, and how text is read
+``folders``                         a model's folder, written as a whole
 ``coverage``, ``overrides``         what is binarized and what is kept; options of single modules
 ``nn``                              binary modules, and how they take the places of a model's own
 ``binarize``                        the mathematics of one matrix: ``paper`` as published, ``full`` beyond it

@@ -125,8 +125,8 @@ def require_arguments(repo_id: str | None, base_model: str | None, options: dict
         if name not in REFUSED and name not in ACCEPTED:
             raise TypeError(f"save_pretrained has no argument {name!r}")
     size = options.get("max_shard_size", 1)
-    written = isinstance(size, str) and re.fullmatch(r"\s*0*[1-9]\d*(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE)
-    if not written and not (type(size) is int and size > 0):
+    written = isinstance(size, str) and re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", size, re.IGNORECASE)
+    if not (float(written[1]) > 0 if written else type(size) is int and size > 0):
         raise ValueError(f"max_shard_size={size!r} is no size: pass bytes, or a string like '5GB' (KB, MB, GB, TB)")
     variant = options.get("variant")
     if variant is not None and not re.fullmatch(r"\w[\w-]*", str(variant)):
@@ -163,7 +163,9 @@ def write_card(
             logger.info("no plot in the model card: matplotlib is not installed")
     earlier = metadata_of(folder) if readme.exists() else {}
     base_model = base_model or earlier.get("base_model")
-    readme.write_text(str(model_card(folder, repo_id, base_model, earlier | (metadata or {}))), encoding="utf-8")
+    unfinished = folder / f"{README}.unfinished"
+    unfinished.write_text(str(model_card(folder, repo_id, base_model, earlier | (metadata or {}))), encoding="utf-8")
+    unfinished.replace(readme)
     return True
 
 
