@@ -123,7 +123,7 @@ def check_counts(config: Any, entries: Entries, where: str = "config.json") -> N
     """Refuse a model config that asks for far more layers or experts than its files can hold.
 
     Args:
-        config: of the model, as nested dictionaries.
+        config: the model's config as nested dictionaries.
 
     Raises:
         ArbFormatError: naming the option; such a model would be built in memory layer by layer.
@@ -205,7 +205,7 @@ def _names(entries: Entries) -> str:
 
 
 def _optional_names(model: PreTrainedModel) -> Any:
-    """Whether the model does without a tensor in its checkpoint: one tied to another, a buffer, or as its class says."""
+    """A test whether a checkpoint may lack a tensor: one tied to another, a buffer, or one that the class names."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     patterns = [re.compile(each) for each in model._keys_to_ignore_on_load_missing or ()]
     buffers = {name for name, _ in model.named_buffers()}
@@ -213,7 +213,7 @@ def _optional_names(model: PreTrainedModel) -> Any:
 
 
 def check_values(model: nn.Module, entries: Entries) -> None:
-    """Check what loaded tensors hold: salient columns that agree with the count, sound scales, no stray padding bits.
+    """Check what loaded tensors hold: as many salient columns as counted, finite scales, no stray padding bits.
 
     Raises:
         ArbFormatError: naming file, tensor and reason.
@@ -229,7 +229,7 @@ def check_values(model: nn.Module, entries: Entries) -> None:
 
 
 def _wrong_values(module: BinaryLinear) -> Iterator[tuple[str, str]]:
-    """Part and reason of everything that is wrong with a layer's tensors."""
+    """Everything that is wrong with a layer's tensors: the part and the reason."""
     form, packed = module.form, module.packed
     for part, (shape, dtype) in form.tensors().items():
         if tuple(packed[part].shape) != shape or packed[part].dtype != dtype:

@@ -72,7 +72,7 @@ class Placement:
         return next((_device(device) for device in devices if str(device) not in HOST), torch.device("cpu"))
 
     def dispatch(self, model: PreTrainedModel, offload_folder: str | None = None) -> None:
-        """Put the packed model where the user's map, or one made for the packed sizes, says."""
+        """Put the model on the devices of the user's map, or of one made for the packed sizes."""
         device_map = self.device_map
         if isinstance(device_map, str):
             device_map = self._infer(model, device_map)

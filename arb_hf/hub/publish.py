@@ -38,15 +38,15 @@ def push_to_hub(
 
     Args:
         repo_id: ``"owner/name"`` or ``"name"``; created if it does not exist.
-        private: of a repository that is created.
+        private: visibility of a repository that is created.
         revision: branch to push to, created if need be; the main one by default.
-        token: as for huggingface_hub; by default the one of ``hf auth login``.
-        create_pr: open a pull request instead.
+        token: access token, as for huggingface_hub; by default that of ``hf auth login``.
+        create_pr: whether to open a pull request instead.
         base_model: the original's name on the Hub, for the card; by default the name it was loaded by.
-        kwargs: for ``model.save_pretrained`` (``max_shard_size``...).
+        kwargs: as for :func:`save_pretrained` (``max_shard_size``...).
 
-    All is written to a folder of the system's temporary directory first. To choose the place, use
-    :func:`save_pretrained` and :func:`push_folder`.
+    Everything is written to a folder of the system's temporary directory first. To choose the place, call
+    :func:`save_pretrained`, then :func:`push_folder`.
 
     Raises:
         ArbUploadError: the upload failed; the folder with everything to push stays, and the message names it.

@@ -143,9 +143,9 @@ def write_card(
 
     Args:
         repo_id, base_model: as for :func:`save_pretrained`.
-        metadata: of the original's card, for licence and languages.
+        metadata: metadata of the original's card, for licence and languages.
 
-    What an earlier card here names, and this call does not, stays: the original, its licence, languages.
+    What an earlier card in the folder names and this call does not is kept: the original, its licence, languages.
 
     Raises:
         ValueError: the folder holds no packed model.

@@ -1,4 +1,4 @@
-"""What a stranger's checkpoint may hold, item by item: each is one ArbFormatError that names file, tensor and reason."""
+"""What a hostile checkpoint may hold, item by item: each is one ArbFormatError that names file, tensor and reason."""
 
 from __future__ import annotations
 

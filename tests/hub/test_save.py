@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, modeling_utils
+from transformers import AutoModelForCausalLM, modeling_utils
 
 import arb_hf
 from arb_hf import folders
@@ -338,6 +338,8 @@ def test_other_wrong_arguments(model, tmp_path):
 
 
 def scale_trainer(packed, folder):
+    from transformers import Trainer, TrainingArguments  # imports much else
+
     model = arb_hf.from_pretrained(packed).requires_grad_(False)
     arb_hf.scales.unfreeze(model)
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
