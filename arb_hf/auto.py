@@ -46,10 +46,15 @@ def auto_class(config: Mapping[str, Any]) -> str:
             f"config.json: transformers {transformers.__version__} has no language model of type "
             f"{config.get('model_type')!r}, and auto_map names none: check model_type, or upgrade transformers"
         )
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else None
+    architecture = saved_class(config.get("architectures"))
     causal = [name for name in makes if name == "AutoModelForCausalLM"]
     return next((name for name, classes in makes.items() if architecture in classes), next(iter([*causal, *makes])))
+
+
+def saved_class(architectures: Any) -> str | None:
+    """The name of the class that a model was saved from, or None: ``architectures`` of a config holds one, if it is sound."""
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return first if isinstance(first, str) else None
 
 
 def writes_text(config: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from .architecture import Prefix
+from .auto import saved_class
 from .calibrate.model import binarize_model
 from .calibrate.offload import Placement, keep_stored_types, offload_folder
 from .checks import Entry, check_files, check_model, check_stacks, check_surplus, check_values, entries_of, read_entries
@@ -223,8 +224,7 @@ def adapt_names(model: PreTrainedModel, config: ArbConfig) -> Prefix:
 
 def has_new_head(model: PreTrainedModel) -> bool:
     """Whether the model is of another class than its checkpoint: then what is outside the backbone may be new."""
-    stored = model.config.architectures or []
-    return bool(stored) and type(model).__name__ not in stored
+    return saved_class(model.config.architectures) not in (None, type(model).__name__)
 
 
 def require_backbone(model: PreTrainedModel, files: list[str]) -> None:
@@ -263,9 +263,9 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
         if name not in linears:
             found = "a " + type(model.get_submodule(name)).__name__ if _has(model, name) else "no such module"
             if has_new_head(model):
-                (saved, *_) = model.config.architectures or []
+                saved = saved_class(model.config.architectures)
                 raise ArbFormatError(
-                    f"this model was saved from {saved}, and {type(model).__name__} has no linear "
+                    f"config.json says that this model was saved from {saved}, and {type(model).__name__} has no linear "
                     f"layer {name} to put its binary weights in: load it with arb_hf.from_pretrained, which takes the "
                     "class that it was saved from"
                 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..auto import GENERATORS, TASKS, auto_class, needs_trust
+from ..auto import GENERATORS, TASKS, auto_class, needs_trust, saved_class
 from ..binarize.methods import METHODS
 from ..errors import ArbFormatError
 from ..format.headers import REPORT_FILE, inspect_folder, read_json
@@ -91,7 +91,7 @@ def _loading(folder: Path) -> dict[str, Any]:
     try:
         auto, module, trust = auto_class(config), "transformers", needs_trust(config)
     except ArbFormatError:  # a class of the maker's that transformers has no name for
-        auto, module, trust = str((config.get("architectures") or ["PreTrainedModel"])[0]), None, False
+        auto, module, trust = saved_class(config.get("architectures")) or "PreTrainedModel", None, False
     return {
         "auto": auto,
         "module": module,

@@ -269,7 +269,7 @@ MODEL = {
     "num_attention_heads": (2**40, 0, -1),
     "head_dim": (2**45, 0, 8),
     "model_type": ("nonsense", None, 3, "bert", "../x"),
-    "architectures": (3,),
+    "architectures": (3, True, "LlamaForCausalLM", [3], [[]], {}, ["Nonsense"]),
     "rope_parameters": (
         {"rope_type": "nonsense"}, {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e11}, 5,
     ),
