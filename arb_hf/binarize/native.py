@@ -1,4 +1,4 @@
-"""The C searches, updates and rounding (``csrc/search.c``, ``updates.c``, ``round.c``).
+"""The C searches, updates and rounding (``csrc/search.c``, ``updates.c``, ``rounding.c``).
 
 For float32 CPU tensors, where the library is.
 """
@@ -62,7 +62,7 @@ def fit_means(values: Tensor, member: Tensor, order: int, iterations: int) -> Fi
     n, k = values.shape
     values, member = values.contiguous(), member.contiguous()
     signs, rows, mean = values.new_empty(order, n, k), values.new_empty(order, n), values.new_empty(n)
-    _call("arb_fit_means", values, member, n, k, order, iterations, native.isa(), signs, rows, mean)
+    _call("arb_fit_arb", values, member, n, k, order, iterations, native.isa(), signs, rows, mean)
     return Fit(signs.unbind(), rows.unbind(), mean)
 
 
@@ -71,7 +71,7 @@ def fit_scales(values: Tensor, member: Tensor, iterations: int) -> Fit:
     n, k = values.shape
     values, member = values.contiguous(), member.contiguous()
     signs, rows, columns = values.new_empty(2, n, k), values.new_empty(2, n), values.new_empty(2, k)
-    _call("arb_fit_scales", values, member, n, k, iterations, native.isa(), signs, rows, columns)
+    _call("arb_fit_arb_rc", values, member, n, k, iterations, native.isa(), signs, rows, columns)
     return Fit(signs.unbind(), rows.unbind(), columns=columns.unbind())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .coded import CodedBlock
 
-# Columns whose steps reach later columns together, and the most levels a column has; csrc/round.c knows the same.
+# Columns whose steps reach later columns together, and the most levels a column has; csrc/rounding.c knows the same.
 PANEL, MOST_LEVELS = 32, 8
 
 

@@ -1,4 +1,4 @@
-/* Which instruction set this processor and its operating system offer. */
+/* Which instruction set this processor and its operating system offer: entry point arb_cpu_isa. */
 #include "native.h"
 
 ARB_EXPORT int arb_cpu_isa(void) {

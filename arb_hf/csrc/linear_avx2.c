@@ -1,15 +1,18 @@
 /* The binary matmul with AVX2.
  *
- * 32 rows at a time. The words of 32 columns are transposed to bytes of 8 columns, a row a byte; a byte shuffle looks up a
- * nibble's sum of four activations for 32 rows, its low and its high byte. The eight sums of a word fit 16 bits, as the
- * entries have 13; words are added in 32 bits: exact.
+ * 32 rows at a time. A word of 32 columns of each row is transposed to eight registers of nibbles, one row in each byte; a
+ * byte shuffle looks up the sum of a nibble's four activations for 32 rows, first its low byte, then its high byte. Entries
+ * have 13 bits, so that the eight sums of a word add up in 16 bits; words are added in 32 bits. The sums are exact.
  */
+#define TARGET ARB_TARGET_AVX2
+
 #include "linear_avx2.h"
 
 #ifdef ARB_X86
 #include <math.h>
 
-static const float LARGEST = 4092.0f; /* of 4095, less the rounding of four activations */
+/* The largest sum of four activations: eight of them fit 16 bits. 4095, less what rounding four numbers may add. */
+static const float LARGEST = 4092.0f;
 
 /* Activations of a section times the column scales of a group, as integers; returns their unit. */
 TARGET static float quantize(const arb_section *section, int group, int scale_type, const float *stored, int16_t *quantized) {
@@ -21,6 +24,7 @@ TARGET static float quantize(const arb_section *section, int group, int scale_ty
         _mm256_store_ps(values + i, x);
     }
     for (int i = 0; i < section->zeroed; i++) values[i] = 0;
+    /* Magnitudes of four activations: each lane of a group of four gets their sum. */
     __m256 largest = _mm256_setzero_ps(), sum = largest, magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     for (int i = 0; i < SECTION; i += 8) {
         __m256 size = _mm256_and_ps(_mm256_load_ps(values + i), magnitude);
@@ -36,9 +40,10 @@ TARGET static float quantize(const arb_section *section, int group, int scale_ty
     for (int i = 0; i < SECTION; i += 8) {
         __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(values + i), inverse));
         if (!finite) q = _mm256_setzero_si256();
-        q = _mm256_permute4x64_epi64(_mm256_packs_epi32(q, q), 0xd8);
+        q = _mm256_permute4x64_epi64(_mm256_packs_epi32(q, q), 0xd8); /* packed in 128-bit lanes: back in order */
         _mm_storeu_si128((__m128i *)(quantized + i), _mm256_castsi256_si128(q));
     }
+    /* int8 scales were loaded as their codes. */
     return finite ? most / LARGEST / (scales && scale_type == ARB_INT8 ? 127.0f : 1.0f) : NAN;
 }
 
@@ -47,7 +52,7 @@ INLINE void build_nibble(const int16_t *q, int8_t table[2][16]) {
     const __m256i bits = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), one = _mm256_set1_epi16(1);
     __m256i sum = _mm256_setzero_si256();
     for (int i = 0; i < 4; i++) {
-        __m256i set = _mm256_and_si256(_mm256_srli_epi16(bits, i), one);
+        __m256i set = _mm256_and_si256(_mm256_srli_epi16(bits, i), one); /* bit i of the nibble, which is the lane */
         __m256i sign = _mm256_sub_epi16(_mm256_add_epi16(set, set), one);
         sum = _mm256_add_epi16(sum, _mm256_sign_epi16(_mm256_set1_epi16(q[i]), sign));
     }
@@ -77,7 +82,9 @@ INLINE void nibbles_of(const __m256i words[4], __m256i to[8]) {
                                             0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m256i four = _mm256_set1_epi8(15);
     __m256i v[4], pair[4], byte[4];
+    /* A 4 x 4 transpose in each 128-bit lane, which is four rows. First, bytes of the same place side by side: 32 bits. */
     for (int i = 0; i < 4; i++) v[i] = _mm256_shuffle_epi8(words[i], gather);
+    /* Then those of the four registers: byte[i] has byte i of all 32 rows. */
     for (int i = 0; i < 2; i++) {
         pair[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
         pair[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
@@ -96,6 +103,7 @@ INLINE void nibbles_of(const __m256i words[4], __m256i to[8]) {
 INLINE void look_up(const __m256i nibbles[8], const int8_t (*table)[2][16], int count, __m256i sums[4]) {
     const __m256i even = _mm256_set1_epi32(1), odd = _mm256_set1_epi32(1 << 16);
     __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    /* Low and high bytes side by side are sums in 16 bits: half[0] of rows 0 .. 15, half[1] of rows 16 .. 31. */
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
         if (i >= count) break;
@@ -105,6 +113,7 @@ INLINE void look_up(const __m256i nibbles[8], const int8_t (*table)[2][16], int 
         half[0] = _mm256_add_epi16(half[0], _mm256_unpacklo_epi8(low, high));
         half[1] = _mm256_add_epi16(half[1], _mm256_unpackhi_epi8(low, high));
     }
+    /* A product with (1, 0) or (0, 1) widens every second sum to 32 bits. */
     for (int i = 0; i < 4; i++) sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(half[i / 2], i % 2 ? odd : even));
 }
 
@@ -126,7 +135,9 @@ INLINE void add_rows(const arb_layer *layer, int64_t block, int slot, int64_t ro
     }
 }
 
-/* Adds to y a section's part of `count` rows. by_column and grouped are constants at every call. */
+/* Adds to y a section's part of `count` rows. by_column (the layer has column scales, so that each group has tables of its
+ * own) and grouped are constants at every call. In linear.h's words, sign_sum is sum_s; other_sum, looked up with the bits
+ * s ^ g, is sum_t, and `counted`, looked up with g, the sum over the group bits that the means need. */
 INLINE void add_section(const arb_layer *layer, const arb_section *section, const arb_tables *tables, int64_t block, int64_t row,
                         int count, float *y, int by_column, int grouped) {
     const int8_t(*table)[NIBBLES][2][16] = tables->table.nibbles;
@@ -142,7 +153,7 @@ INLINE void add_section(const arb_layer *layer, const arb_section *section, cons
             look_up(nibbles, table[group] + 8 * word, some, sign_sum[group]);
         if (!grouped) continue;
         load_words(section->groups + row, layer->rows, word, section->group_words, section->group_shift, count, g);
-        for (int i = 0; i < 4; i++) s[i] = _mm256_xor_si256(s[i], g[i]);
+        for (int i = 0; i < 4; i++) s[i] = _mm256_xor_si256(s[i], g[i]); /* bits of t */
         nibbles_of(s, nibbles);
         for (int group = 0; group <= by_column; group++) look_up(nibbles, table[group] + 8 * word, some, other_sum[group]);
         if (!has_mean) continue;
@@ -168,6 +179,7 @@ INLINE void multiply_typed(const arb_layer *layer, const arb_plan *plan, const a
                            int64_t stop, float *y, int64_t stride, int by_column) {
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t row = start; row < stop; row++) y[token * stride + row] = 0;
+    /* Tokens innermost: the words of a block's rows stay in the cache. */
     for (int64_t block = 0; block < plan->blocks; block++)
         for (int64_t row = start; row < stop; row += ROWS)
             for (int64_t token = 0; token < tokens; token++) {
@@ -194,5 +206,5 @@ TARGET static void multiply(const arb_layer *layer, const arb_plan *plan, const 
         multiply_typed(layer, plan, tables, tokens, start, stop, y, stride, 0);
 }
 
-const arb_kernels arb_kernels_avx2 = {arb_reorder_plain, build, multiply};
+const arb_kernels arb_kernels_avx2 = {arb_reorder, build, multiply};
 #endif

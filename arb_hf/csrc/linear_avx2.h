@@ -1,4 +1,4 @@
-/* Loads that the AVX2 sources share. */
+/* Loads that the AVX2 sources share; they may be of any length and start anywhere. */
 #ifndef ARB_HF_LINEAR_AVX2_H
 #define ARB_HF_LINEAR_AVX2_H
 
@@ -6,10 +6,6 @@
 
 #ifdef ARB_X86
 #include <immintrin.h>
-#include <string.h>
-
-#define TARGET ARB_TARGET_AVX2
-#define INLINE static inline __attribute__((always_inline)) TARGET
 
 enum { ROWS = 32 }; /* at a time: four registers of 32-bit words */
 
@@ -31,18 +27,17 @@ INLINE __m256 load(const void *values, int64_t index, int type) {
 
 /* `count` of up to 8 values, the others 0. */
 INLINE __m256 load_some(const void *values, int64_t index, int type, int64_t count) {
-    static const int sizes[] = {2, 2, 4, 1};
     _Alignas(32) char padded[32] = {0};
     if (count >= 8) return load(values, index, type);
-    if (count > 0) memcpy(padded, (const char *)values + index * sizes[type], count * sizes[type]);
+    if (count > 0) memcpy(padded, arb_offset(values, index, type), count * arb_size(type));
     return load(padded, 0, type);
 }
 
-/* 32 bits of a plane for `count` rows, the other rows 0. */
+/* 32 bits of a plane, as arb_bits, for `count` of ROWS rows; the other rows are 0. */
 INLINE void load_words(const uint32_t *plane, int64_t n, int word, int words, int shift, int count, __m256i to[4]) {
     uint32_t buffer[2][ROWS];
     const uint32_t *low = plane + word * n, *high = word + 1 < words ? plane + (word + 1) * n : NULL;
-    if (count < ROWS) {
+    if (count < ROWS) { /* nothing is read past the last row */
         memset(buffer, 0, sizeof buffer);
         memcpy(buffer[0], low, count * sizeof *low);
         if (high && shift) memcpy(buffer[1], high, count * sizeof *high);

@@ -2,8 +2,10 @@
  *
  * 16 rows are the 32-bit lanes of a register. A byte permutation looks up 64 entries at once: for each row, four groups of
  * four columns, entry 16 * position + nibble. Sums of four activations have 15 bits, in two tables (high and low seven
- * bits) whose entries a dot product with (128, 128, 128, 128) and (1, 1, 1, 1) adds to 32-bit sums: exact.
+ * bits) whose entries a dot product with (128, 128, 128, 128) and (1, 1, 1, 1) adds to 32-bit sums. The sums are exact.
  */
+#define TARGET ARB_TARGET_AVX512
+
 #include "linear_avx512.h"
 
 #ifdef ARB_X86
@@ -12,11 +14,12 @@
 /* Rows at once: as many tiles of 16 as keep all sums in registers. */
 enum { TILES = 4 };
 
-/* Rows ahead that the planes and row parameters are prefetched: measured from cold caches. */
+/* How many rows ahead planes and row parameters are prefetched; measured from cold caches. */
 enum { AHEAD = 128 };
 
 #define PREFETCH(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
 
+/* As arb_reorder: of 16 columns at a time, the salient ones are packed together; then, in a second pass, the others. */
 TARGET static void reorder(const arb_layer *layer, const void *x, int x_type, float *stored) {
     for (int64_t start = 0; start < layer->columns; start += layer->block_size) {
         int64_t stop = start + layer->block_size < layer->columns ? start + layer->block_size : layer->columns;
@@ -42,6 +45,7 @@ TARGET static float quantize(const arb_section *section, int group, int scale_ty
         __mmask16 mask = first_lanes(section->width - 16 * i) & (__mmask16)~first_lanes(section->zeroed - 16 * i);
         __m512 x = _mm512_maskz_loadu_ps(mask, stored + section->position + 16 * i);
         values[i] = scales ? _mm512_mul_ps(x, load(scales, 16 * i, scale_type, mask)) : x;
+        /* Magnitudes of four activations: each lane of a group of four gets their sum. */
         __m512 size = _mm512_abs_ps(values[i]);
         size = _mm512_add_ps(size, _mm512_permute_ps(size, 0xb1));
         size = _mm512_add_ps(size, _mm512_permute_ps(size, 0x4e));
@@ -57,6 +61,7 @@ TARGET static float quantize(const arb_section *section, int group, int scale_ty
         if (i < count && finite) q = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));
         _mm256_store_si256((__m256i *)(quantized + 16 * i), _mm512_cvtepi32_epi16(q));
     }
+    /* int8 scales were loaded as their codes. */
     return finite ? most / ARB_LARGEST_SUM / (scales && scale_type == ARB_INT8 ? 127.0f : 1.0f) : NAN;
 }
 
@@ -73,6 +78,8 @@ INLINE void build_lookup(const int16_t *const quantized[4], int8_t table[2][64])
         sums[p] = _mm512_madd_epi16(lower, pair);
         sums[p] = _mm512_dpwssd_epi32(sums[p], upper, _mm512_set1_epi32(((const int32_t *)quantized[p])[1]));
     }
+    /* Packing takes 128-bit lanes in turn, so that 32-bit lane 4 * L + p ends up with nibbles 4 * L .. 4 * L + 3 of
+     * position p; the transpose puts it at 4 * p + L. */
     __m512i a = _mm512_packs_epi32(sums[0], sums[1]), b = _mm512_packs_epi32(sums[2], sums[3]);
     __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(a, 7), _mm512_srai_epi16(b, 7));
     __m512i seven = _mm512_set1_epi16(127);
@@ -121,6 +128,7 @@ INLINE __m512i indices(__m512i word, int half, int salient) {
     return _mm512_ternarylogic_epi32(word, nibble, position, 0xea); /* word & nibble | position */
 }
 
+/* sum + 128 * (the high entries of four nibbles) + their low entries. */
 INLINE __m512i look_up(__m512i sum, __m512i index, const int8_t table[2][64]) {
     sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)128), _mm512_permutexvar_epi8(index, _mm512_load_si512(table[0])));
     return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_permutexvar_epi8(index, _mm512_load_si512(table[1])));
@@ -128,14 +136,18 @@ INLINE __m512i look_up(__m512i sum, __m512i index, const int8_t table[2][64]) {
 
 /* Row parameters of `tiles` times 16 rows. */
 INLINE void load_rows(const void *values, int64_t row, int type, int tiles, __mmask16 mask, __m512 *to) {
-    const int size = type == ARB_FLOAT32 ? 4 : type == ARB_INT8 ? 1 : 2;
+    const int64_t size = arb_size(type);
     for (int t = 0; t < tiles; t++) {
         if (t % 2 == 0) PREFETCH((const char *)values + (row + 16 * t + AHEAD) * size); /* a cache line is two or more tiles */
         to[t] = load(values, row + 16 * t, type, mask);
     }
 }
 
-/* Adds to y a section's part of `tiles` times 16 rows. The last three arguments are constants at every call. */
+/* Adds to y a section's part of `tiles` times 16 rows. The last three arguments are constants at every call.
+ *
+ * In linear.h's words, sign_sum is sum_s, other_sum, looked up with the bits s ^ g, is sum_t, and `count`, looked up with
+ * g, the sum over the group bits that the means need. With column scales each group has tables of its own: these sums
+ * are then of the large group's, and small_sum is all of the small group's. */
 INLINE void add_section(const arb_layer *layer, const arb_section *section, const arb_tables *tables, int64_t block,
                         int64_t row, int tiles, __mmask16 mask, __m512 *y, int by_column, int grouped, int salient) {
     const int64_t n = layer->rows;
@@ -197,7 +209,7 @@ INLINE void add_section(const arb_layer *layer, const arb_section *section, cons
 
 INLINE void add_block(const arb_layer *layer, const arb_plan *plan, const arb_tables *tables, int64_t block, int64_t row,
                       int tiles, __mmask16 mask, float *y, int by_column) {
-    __m512 sums[TILES];
+    __m512 sums[TILES]; /* in registers over all sections of the block */
     for (int t = 0; t < tiles; t++) sums[t] = _mm512_maskz_loadu_ps(mask, y + row + 16 * t);
     for (int64_t i = plan->first[block]; i < plan->first[block + 1]; i++) {
         const arb_section *section = plan->section + i;
@@ -220,6 +232,7 @@ INLINE void multiply_rows(const arb_layer *layer, const arb_plan *plan, const ar
                           int64_t start, int64_t stop, float *y, int64_t stride, int by_column) {
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t row = start; row < stop; row++) y[token * stride + row] = 0;
+    /* Tokens innermost: the words of a block's rows stay in the cache. */
     for (int64_t block = 0; block < plan->blocks; block++) {
         int64_t row = start;
         for (; row + 16 * TILES <= stop; row += 16 * TILES)

@@ -1,4 +1,4 @@
-/* Loads that the AVX-512 sources share. */
+/* Loads that the AVX-512 sources share; masks say which lanes there are, the others are 0. */
 #ifndef ARB_HF_LINEAR_AVX512_H
 #define ARB_HF_LINEAR_AVX512_H
 
@@ -7,9 +7,7 @@
 #ifdef ARB_X86
 #include <immintrin.h>
 
-#define TARGET ARB_TARGET_AVX512
-#define INLINE static inline __attribute__((always_inline)) TARGET
-
+/* The first `count` of 16 lanes; none if it is negative, all if it is larger. */
 INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
 
 /* 16 values of an activation or scale type as float32; int8 codes as they are. */
@@ -25,7 +23,7 @@ INLINE __m512 load(const void *values, int64_t index, int type, __mmask16 mask) 
     }
 }
 
-/* 32 bits of a plane for 16 rows, from bit `shift` of word `word` on; `words` are left in the plane. */
+/* 32 bits of a plane, as arb_bits, for 16 rows. */
 INLINE __m512i load_bits(const uint32_t *plane, int64_t n, int word, int words, int shift, __mmask16 mask) {
     __m512i low = _mm512_maskz_loadu_epi32(mask, plane + word * n);
     if (!shift) return low;

@@ -1,18 +1,7 @@
-/* The binary matmul in portable C: also what the other instruction sets are read against. */
+/* The binary matmul in portable C. The other instruction sets do the same, many rows at a time. */
 #include <math.h>
-#include <stdlib.h>
 
 #include "linear.h"
-
-void arb_reorder_plain(const arb_layer *layer, const void *x, int x_type, float *stored) {
-    for (int64_t start = 0; start < layer->columns; start += layer->block_size) {
-        int64_t stop = start + layer->block_size < layer->columns ? start + layer->block_size : layer->columns;
-        float *to = stored + start;
-        for (int salient = 1; salient >= 0; salient--)
-            for (int64_t column = start; column < stop; column++)
-                if ((layer->salient[column / 8] >> column % 8 & 1) == salient) *to++ = arb_load(x, column, x_type);
-    }
-}
 
 /* Activations of a section times the column scales of a group, as integers; returns their unit. */
 static float quantize(const arb_section *section, int group, int scale_type, const float *stored, int16_t *quantized) {
@@ -20,6 +9,7 @@ static float quantize(const arb_section *section, int group, int scale_type, con
     const void *scales = section->scales[group];
     for (int i = section->zeroed; i < section->width; i++)
         values[i] = stored[section->position + i] * (scales ? arb_load(scales, i, scale_type) : 1.0f);
+    /* The unit is such that the largest sum of four, whatever the signs, fits a table entry. */
     for (int i = 0; i < SECTION; i += 4) {
         float four = fabsf(values[i]) + fabsf(values[i + 1]) + fabsf(values[i + 2]) + fabsf(values[i + 3]);
         largest = four > largest ? four : largest;
@@ -32,13 +22,14 @@ static float quantize(const arb_section *section, int group, int scale_type, con
     return finite ? largest / ARB_LARGEST_SUM : NAN;
 }
 
+/* One table per group if the groups have column scales of their own, else one for both. */
 static void build_section(const arb_layer *layer, const arb_section *section, const float *stored, arb_tables *tables) {
     int groups = section->groups ? 2 : 1;
     for (int group = 0; group < (layer->column_scales ? groups : 1); group++) {
         int16_t quantized[SECTION];
         tables->factor[group] = quantize(section, group, layer->scale_type, stored, quantized) / (float)groups;
         for (int nibble = 0; nibble < NIBBLES; nibble++)
-            for (int bits = 0; bits < 16; bits++) {
+            for (int bits = 0; bits < 16; bits++) { /* a set bit is a weight of +1, a clear one of -1 */
                 int sum = 0;
                 for (int i = 0; i < 4; i++) sum += (bits >> i & 1) ? quantized[4 * nibble + i] : -quantized[4 * nibble + i];
                 tables->table.sums[group][nibble][bits] = (int16_t)sum;
@@ -53,18 +44,14 @@ static void build(const arb_layer *layer, const arb_plan *plan, int64_t block, c
         build_section(layer, plan->section + i, stored, tables + i);
 }
 
-/* 32 bits of a plane that need not start at a word. */
-static uint32_t bits_at(const uint32_t *plane, int64_t n, int word, int words, int shift) {
-    uint32_t low = plane[word * n], high = shift && word + 1 < words ? plane[(word + 1) * n] : 0;
-    return shift ? low >> shift | high << (32 - shift) : low;
-}
-
-static int32_t lookup(const int16_t (*table)[16], uint32_t word, int nibbles) {
+/* The sum of up to 32 activations with the signs of a word's bits. */
+static int32_t look_up(const int16_t (*table)[16], uint32_t word, int nibbles) {
     int32_t sum = 0;
     for (int i = 0; i < nibbles; i++) sum += table[i][word >> 4 * i & 15];
     return sum;
 }
 
+/* What a section adds to y[row]. */
 static float row_of_section(const arb_layer *layer, const arb_section *section, const arb_tables *tables, int64_t block,
                             int64_t row) {
     const int16_t(*small)[16] = tables->table.sums[0], (*large)[16] = tables->table.sums[layer->column_scales ? 1 : 0];
@@ -72,15 +59,17 @@ static float row_of_section(const arb_layer *layer, const arb_section *section, 
     int has_mean = section->mean[0] >= 0;
     for (int word = 0; 32 * word < section->width; word++) {
         int left = (section->width - 32 * word + 3) / 4, nibbles = left < 8 ? left : 8;
-        uint32_t s = bits_at(section->signs + row, layer->rows, word, section->sign_words, section->sign_shift);
+        uint32_t s = arb_bits(section->signs + row, layer->rows, word, section->sign_words, section->sign_shift);
         if (!section->groups) {
-            sums[0] += lookup(small + 8 * word, s, nibbles);
+            sums[0] += look_up(small + 8 * word, s, nibbles);
             continue;
         }
-        uint32_t g = bits_at(section->groups + row, layer->rows, word, section->group_words, section->group_shift);
-        sums[0] += lookup(small + 8 * word, s, nibbles) + lookup(small + 8 * word, s ^ g, nibbles);
-        sums[1] += lookup(large + 8 * word, s, nibbles) - lookup(large + 8 * word, s ^ g, nibbles);
-        if (has_mean) counted += lookup(small + 8 * word, g, nibbles);
+        /* The identity of linear.h: s ^ g are the bits of t. Its half is in the tables' factors. */
+        uint32_t g = arb_bits(section->groups + row, layer->rows, word, section->group_words, section->group_shift);
+        sums[0] += look_up(small + 8 * word, s, nibbles) + look_up(small + 8 * word, s ^ g, nibbles);
+        sums[1] += look_up(large + 8 * word, s, nibbles) - look_up(large + 8 * word, s ^ g, nibbles);
+        /* A mean multiplies the plain sum of its group: (sum of x -+ sum of g * x) / 2. */
+        if (has_mean) counted += look_up(small + 8 * word, g, nibbles);
     }
     float y = 0;
     int64_t slots = arb_slots(layer);
@@ -108,4 +97,4 @@ static void multiply(const arb_layer *layer, const arb_plan *plan, const arb_tab
     }
 }
 
-const arb_kernels arb_kernels_plain = {arb_reorder_plain, build, multiply};
+const arb_kernels arb_kernels_plain = {arb_reorder, build, multiply};

@@ -1,4 +1,20 @@
-/* What every C source of the library shares. */
+/* What every C source of the library shares: export, instruction sets, inlining. It includes nothing.
+ *
+ * Who needs whom, from the bottom:
+ *
+ *     native.h                        this file
+ *     layer.h, layer.c                a packed layer: number formats, its tensors, how it is cut into sections
+ *     linear.h                        what an instruction set provides for the matmul
+ *     linear_avx2.h, linear_avx512.h  loads of one instruction set
+ *     linear_decode.h                 the shared part of linear_decode_*.c
+ *     linear_*.c                      the kernels, a file for each instruction set
+ *     matmul.c                        entry points arb_linear and arb_decode
+ *
+ *     tiles.h                         tiles of rows for the binarizing code, which knows nothing of packed layers
+ *     search.c, updates.c, rounding.c its entry points
+ *
+ *     cpu.c                           entry point arb_cpu_isa
+ */
 #ifndef ARB_HF_NATIVE_H
 #define ARB_HF_NATIVE_H
 
@@ -7,6 +23,9 @@
 #else
 #define ARB_EXPORT __attribute__((visibility("default")))
 #endif
+
+/* Always inlined: the function is compiled for the instruction set of its caller. */
+#define ARB_INLINE static inline __attribute__((always_inline))
 
 /* Instruction sets, in rising order; arb_hf/native.py knows the same numbers. */
 enum { ARB_PLAIN = 0, ARB_AVX2 = 1, ARB_AVX512 = 2 };

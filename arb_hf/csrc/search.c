@@ -1,25 +1,34 @@
 /* Errors of all candidate partitions of a block: how many columns are salient, which threshold splits the groups.
  *
+ * Entry points arb_salient_errors, arb_split_errors, arb_output_errors and arb_sort_magnitudes.
+ *
  * A candidate is judged by plain residual binarization (BR): a group of `count` values is replaced by mean +- mean
- * deviation, in `order` rounds. All sums are double and run over one row at a time; rows are taken in tiles of LANES,
- * one row per vector lane, and tiles are added in their order. So results depend neither on the instruction set
- * (no product is fused with a sum) nor on the number of threads.
+ * deviation, in `order` rounds. With the mean mu and the deviation D = sum |w - mu| of n values, the error of a round is
+ *
+ *     sum (w - mu -+ D / n)^2 = sum w^2 - n mu^2 - D^2 / n - (number of w equal to mu) (D / n)^2
+ *
+ * where the last term is there because the sign of 0 is 0: such a value is replaced by mu itself. What is subtracted from
+ * the energy sum w^2 is called the gain.
+ *
+ * All sums are double and run over one row at a time; rows are taken in tiles of LANES, one row per vector lane, and
+ * tiles are added in their order. So results depend neither on the instruction set (no product is fused with a sum) nor
+ * on the number of threads.
  */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "native.h"
 #include "tiles.h"
 
 /* ---- salient columns ------------------------------------------------------------------------------------------- */
 
-/* Adds to errors[l] what order-2 BR leaves of columns [first, last) of lane l, whose sum is sums[l]. */
+/* Adds to errors[l] what BR in two rounds leaves of columns [first, last) of lane l, whose sum is sums[l]. */
 ARB_INLINE void add_part_error(const double *tile, int64_t first, int64_t last, const double *sums, double *errors) {
     double count = (double)(last - first);
     double mean[LANES], above[LANES], below[LANES], at[LANES];
     double deviation[LANES] = {0}, balance[LANES] = {0}, energy[LANES] = {0}, second[LANES] = {0}, nonzero[LANES] = {0};
+    /* First round: mean deviation; `balance` is how many more values are above the mean than below. */
     for (int l = 0; l < LANES; l++) mean[l] = sums[l] / count;
     for (int64_t j = first; j < last; j++) {
         const double *value = tile + j * LANES;
@@ -29,7 +38,9 @@ ARB_INLINE void add_part_error(const double *tile, int64_t first, int64_t last, 
             balance[l] += (centred > 0 ? 1.0 : 0.0) - (centred < 0 ? 1.0 : 0.0);
         }
     }
-    for (int l = 0; l < LANES; l++) { /* the three values of the first round, moved by the mean of what they leave */
+    /* The three values of the first round, moved by the mean of what they leave: -scale * balance / count. That mean is the
+     * second round's, so what is left of these values is centred. */
+    for (int l = 0; l < LANES; l++) {
         double scale = deviation[l] / count;
         at[l] = mean[l] - scale * balance[l] / count;
         above[l] = at[l] + scale;
@@ -45,19 +56,21 @@ ARB_INLINE void add_part_error(const double *tile, int64_t first, int64_t last, 
             nonzero[l] += left != 0 ? 1.0 : 0.0;
         }
     }
+    /* Second round: sum (|left| - scale)^2, where zeros stay zeros. */
     for (int l = 0; l < LANES; l++) {
         double scale = second[l] / count;
         errors[l] += energy[l] + scale * (scale * nonzero[l] - 2 * second[l]);
     }
 }
 
+/* errors[i]: of the tile's rows, when columns 0 .. i are one part and the rest is the other. */
 ARB_INLINE void salient_tile(const double *tile, int64_t columns, int64_t candidates, double *errors) {
     double first[LANES] = {0}, rest[LANES] = {0};
     for (int64_t j = 0; j < columns; j++)
         for (int l = 0; l < LANES; l++) rest[l] += tile[j * LANES + l];
     for (int64_t i = 0; i < candidates; i++) {
         double error[LANES] = {0}, sum = 0;
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < LANES; l++) { /* column i goes over to the first part */
             first[l] += tile[i * LANES + l];
             rest[l] -= tile[i * LANES + l];
         }
@@ -71,7 +84,7 @@ ARB_INLINE void salient_tile(const double *tile, int64_t columns, int64_t candid
 ARB_DISPATCH(salient_tile, (const double *tile, int64_t columns, int64_t candidates, double *errors),
              (tile, columns, candidates, errors))
 
-/* errors[i]: of making the first i + 1 columns of `ranked` [rows, columns] salient; candidates < columns.
+/* errors[i]: the error when the first i + 1 columns of `ranked` [rows, columns] are salient; candidates < columns.
  * Returns 0, or -1 without memory. */
 ARB_EXPORT int arb_salient_errors(const float *ranked, int64_t rows, int64_t columns, int64_t candidates, int64_t isa,
                                   double *errors) {
@@ -98,6 +111,9 @@ ARB_EXPORT int arb_salient_errors(const float *ranked, int64_t rows, int64_t col
 
 /* ---- group splits ---------------------------------------------------------------------------------------------- */
 
+/* A threshold splits a row by magnitude. In ascending order the small magnitudes are one run of positions, and prefix sums
+ * give count, mean and deviation of both groups after a few binary searches, without a pass over the values. */
+
 /* One row in ascending order, and its prefix sums: sum[p] = value[0] + ... + value[p - 1]. From `count` up to `width`,
  * a power of two, `value` is infinite. */
 typedef struct {
@@ -115,7 +131,7 @@ typedef struct {
     double count, sum;
 } Part;
 
-/* found[i]: the number of values below x[i]. Steps outside, so that the searches do not wait for one another. */
+/* found[i]: the number of values below x[i]. All searches take a step together: alone, each would wait for its loads. */
 ARB_INLINE void locate(const double *value, int64_t width, const double *x, int64_t count, int64_t *found) {
     for (int64_t i = 0; i < count; i++) found[i] = 0;
     for (int64_t step = width / 2; step > 0; step /= 2)
@@ -126,12 +142,13 @@ ARB_INLINE void locate(const double *value, int64_t width, const double *x, int6
 ARB_DISPATCH(locate, (const double *value, int64_t width, const double *x, int64_t count, int64_t *found),
              (value, width, x, count, found))
 
+/* The first position after those equal to x, which start at p if there are any. */
 static inline int64_t past_equals(SortedRow row, double x, int64_t p) {
     while (p < row.count && row.value[p] == x) p++;
     return p;
 }
 
-/* The members of a group at positions below p. */
+/* Number and sum of the members of a group at positions below p. */
 static inline Part members_below(SortedRow row, Group group, int64_t p) {
     int64_t inside = p < group.low ? group.low : p > group.high ? group.high : p;
     Part part = {(double)(inside - group.low), row.sum[inside] - row.sum[group.low]};
@@ -144,6 +161,7 @@ static inline Part deviation(SortedRow row, Group group, int64_t first, int64_t 
     int64_t q = past_equals(row, x, p);
     p = p < first ? first : p > last ? last : p;
     q = q < first ? first : q > last ? last : q;
+    /* Positions first <= p <= q <= last: members below x, equal to it, above it. */
     Part from = members_below(row, group, first), below = members_below(row, group, p);
     Part upto = members_below(row, group, q), to = members_below(row, group, last);
     double left = (below.count - from.count) * x - (below.sum - from.sum);
@@ -156,29 +174,35 @@ typedef struct {
     double count, mean, scale, above, equal;
 } Round;
 
+/* p is the mean's position. */
 static inline Round first_round(SortedRow row, Group group, double mean, int64_t p) {
     Part all = members_below(row, group, row.count), below = members_below(row, group, p);
     Part upto = members_below(row, group, past_equals(row, mean, p));
     double above = all.count - upto.count;
+    /* Sum of |value - mean|: sum - count * mean of those above, plus count * mean - sum of those below. */
     double total = all.sum - upto.sum - above * mean + below.count * mean - below.sum;
     return (Round){all.count, mean, all.count > 0 ? total / all.count : 0, above, upto.count - below.count};
 }
 
-/* The mean of what the first round leaves. */
+/* The mean of what the first round leaves: -scale * (above - below) / count. */
 static inline double shift_of(Round round) {
     return round.count > 0 ? -round.scale * (2 * round.above + round.equal - round.count) / round.count : 0;
 }
 
+/* By how much the first round lowers the energy: the formula at the head of this file. */
 static inline double first_gain(Round r) {
     return r.count * (r.mean * r.mean + r.scale * r.scale) + r.equal * r.scale * r.scale;
 }
 
-/* By how much a second round lowers the energy that the first leaves: low and high are its two levels' positions. */
+/* By how much a second round lowers the energy that the first leaves. The first put values below the mean (at position p)
+ * to one level and those above to another; the second measures from these levels, moved by `shift`: their positions
+ * are low and high. Values equal to the mean have nothing left but the shift. */
 static inline double second_gain(SortedRow row, Group group, Round round, int64_t p, int64_t low, int64_t high) {
     if (round.count == 0) return 0;
     double shift = shift_of(round), centre = round.mean + shift;
     Part left = deviation(row, group, 0, p, centre - round.scale, low);
     Part right = deviation(row, group, past_equals(row, round.mean, p), row.count, centre + round.scale, high);
+    /* Values exactly at a level have a sign of 0. */
     double zeros = left.count + right.count + (shift == 0 ? round.equal : 0);
     double scale = (left.sum + right.sum + round.equal * fabs(shift)) / round.count;
     return round.count * (shift * shift + scale * scale) + zeros * scale * scale;
@@ -194,8 +218,10 @@ typedef struct {
     Round *rounds;
 } Workspace;
 
-/* Splits under every threshold, equal ones in a row once: few columns make few. same[k]: the split of threshold k.
- * limits: for every threshold the smallest double above its negative, then the threshold. */
+/* The splits of all thresholds into w->groups, both groups of each; successive thresholds with the same split share it,
+ * as most do when there are few columns. same[k]: the split of threshold k. Returns the number of splits.
+ * limits: for every threshold the smallest double above its negative, then the threshold: below them are the values
+ * <= -threshold and those < threshold, and between them the small group. */
 static int64_t distinct_splits(const Workspace *w, const double *limits, int64_t candidates, int64_t isa) {
     int64_t count = 0;
     locate_of[isa](w->row.value, w->row.width, limits, 2 * candidates, w->bounds);
@@ -213,7 +239,7 @@ static int64_t distinct_splits(const Workspace *w, const double *limits, int64_t
     return count;
 }
 
-/* The first rounds of all groups. */
+/* The first rounds of all groups, into w->rounds. */
 static void first_rounds(const Workspace *w, int64_t groups, int64_t isa) {
     SortedRow row = w->row;
     for (int64_t i = 0; i < groups; i++) {
@@ -224,7 +250,7 @@ static void first_rounds(const Workspace *w, int64_t groups, int64_t isa) {
     for (int64_t i = 0; i < groups; i++) w->rounds[i] = first_round(row, w->groups[i], w->x[i], w->found[i]);
 }
 
-/* The numbers of both groups, in w->x by split, to those of every threshold. */
+/* Adds to each threshold's gain those of its two groups, which w->x has by split. */
 static void add_by_candidate(const Workspace *w, int64_t candidates, double *gains) {
     for (int64_t k = 0; k < candidates; k++) {
         gains[k] += w->x[2 * w->same[k]];
@@ -232,6 +258,7 @@ static void add_by_candidate(const Workspace *w, int64_t candidates, double *gai
     }
 }
 
+/* Adds to gains[k] what `order` rounds gain in the row at hand under threshold k. */
 static void add_split_gains(const Workspace *w, const double *limits, int64_t candidates, int64_t order, int64_t isa,
                             double *gains) {
     int64_t groups = 2 * distinct_splits(w, limits, candidates, isa), *found = w->found;
@@ -257,7 +284,7 @@ ARB_INLINE void sort_tile(float *tile, int64_t width) {
         for (int64_t step = merged; step >= 1; step /= 2)
             for (int64_t start = step % merged; start + step < width; start += 2 * step)
                 for (int64_t j = start; j < start + step && j + step < width; j++) {
-                    if (j / (2 * merged) != (j + step) / (2 * merged)) continue;
+                    if (j / (2 * merged) != (j + step) / (2 * merged)) continue; /* not in the same merged run */
                     float *a = tile + j * LANES, *b = tile + (j + step) * LANES;
                     for (int l = 0; l < LANES; l++) {
                         float x = a[l], y = b[l];
@@ -359,10 +386,11 @@ ARB_EXPORT int arb_split_errors(const float *metric, int64_t rows, int64_t colum
 
 /* ---- group splits by output error (ARB-X) ------------------------------------------------------------------------ */
 
-/* With S the residual of a row is x - sum_p level_p plane_p, where x is the row and planes 0 and 1 are the members and
- * the signs of the small-magnitude group, 2 and 3 those of the large one. Its output error is a quadratic form of the
- * levels. From one threshold to the next few entries of the planes change, and with `product` = S times each vector at
- * hand (x comes last) a change costs one row of S. */
+/* The residual of a row is x - sum_p level_p plane_p, where x is the row, planes 0 and 1 are the members and the signs of
+ * the small-magnitude group, and 2 and 3 those of the large one. Its output error, residual^T S residual with S the second
+ * moment of the layer's inputs, is a quadratic form of the levels; its coefficients are gram[u][v] = u^T S v for the
+ * planes and x (which comes last). From one threshold to the next few entries of the planes change. With product[v] =
+ * S v at hand, each change costs one row of S. */
 enum { PLANES = 4, VECTORS = 5, NOWHERE = -1 };
 
 typedef struct {
@@ -370,13 +398,14 @@ typedef struct {
     const double *second_moment;
     double *product[VECTORS], *x;
     double gram[VECTORS][VECTORS];
-    int *group, *sign; /* of every column */
+    int *group, *sign; /* of every column that is split */
 } OutputRow;
 
-/* Adds `amount` to one entry of a vector. */
+/* Adds `amount` to one entry of a vector, so that products and gram follow. */
 ARB_INLINE void change_entry(OutputRow *row, int vector, int64_t column, double amount) {
     const double *moment = row->second_moment + column * row->width;
     double *product = row->product[vector];
+    /* (u + a e)^T S v = u^T S v + a (S v)_column, on both sides of the diagonal; on it, twice, and a^2 S_column,column. */
     for (int v = 0; v < VECTORS; v++) {
         row->gram[vector][v] += amount * row->product[v][column];
         row->gram[v][vector] += amount * row->product[v][column];
@@ -392,7 +421,7 @@ ARB_INLINE void follow(OutputRow *row, const int64_t *columns, int64_t count, fl
         double value = row->x[column];
         int group = fabs(value) >= threshold, old = row->group[i];
         int sign = (value > rounds[group].mean) - (value < rounds[group].mean);
-        if (group != old) {
+        if (group != old) { /* out of the old group's planes, into the new one's members */
             if (old != NOWHERE) {
                 change_entry(row, 2 * old, column, -1);
                 if (row->sign[i]) change_entry(row, 2 * old + 1, column, -row->sign[i]);
@@ -413,11 +442,13 @@ static inline double output_error(const OutputRow *row, const Round *rounds) {
     return error;
 }
 
+/* Adds to errors[k] the output error of one row x under threshold k, whose rounds are number same[k]. */
 ARB_INLINE void add_output_errors(OutputRow *row, const float *x, const int64_t *columns, int64_t count,
                                   const float *thresholds, int64_t candidates, const int64_t *same, const Round *rounds,
                                   double *errors) {
     memset(row->gram, 0, sizeof row->gram);
     for (int v = 0; v < VECTORS; v++) memset(row->product[v], 0, sizeof(double) * (size_t)row->width);
+    /* x enters like any change, entry by entry; then planes follow the thresholds, which rise. */
     for (int64_t j = 0; j < row->width; j++) row->x[j] = x[j];
     for (int64_t j = 0; j < row->width; j++) change_entry(row, PLANES, j, row->x[j]);
     for (int64_t i = 0; i < count; i++) row->group[i] = NOWHERE, row->sign[i] = 0;
@@ -482,13 +513,14 @@ ARB_EXPORT int arb_output_errors(const float *block, const float *metric, const 
 
 /* ---- order statistics ------------------------------------------------------------------------------------------ */
 
-/* Sorts non-negative floats in place: their bits order like they do. `spare` has room for `count` of them. */
+/* Sorts non-negative floats in place, as unsigned integers: their bits have the same order. A radix sort in three passes
+ * of 11 bits; `spare` has room for `count` numbers. */
 ARB_EXPORT int arb_sort_magnitudes(uint32_t *values, int64_t count, uint32_t *spare) {
     enum { DIGITS = 2048 };
     for (int shift = 0; shift < 32; shift += 11) {
         int64_t start[DIGITS] = {0}, next = 0;
         for (int64_t i = 0; i < count; i++) start[values[i] >> shift & (DIGITS - 1)]++;
-        for (int d = 0; d < DIGITS; d++) {
+        for (int d = 0; d < DIGITS; d++) { /* from counts to each digit's first place */
             int64_t size = start[d];
             start[d] = next;
             next += size;
@@ -498,6 +530,7 @@ ARB_EXPORT int arb_sort_magnitudes(uint32_t *values, int64_t count, uint32_t *sp
         values = spare;
         spare = swap;
     }
-    if (count > 0) memcpy(spare, values, sizeof(uint32_t) * (size_t)count); /* after three passes `spare` is the caller's `values` */
+    /* Three swaps: `spare` is the caller's `values` now. */
+    if (count > 0) memcpy(spare, values, sizeof(uint32_t) * (size_t)count);
     return 0;
 }

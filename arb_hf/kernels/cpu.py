@@ -1,4 +1,4 @@
-"""The C kernels (``arb_hf/csrc/linear*.c``): lookup tables for a few tokens, decoded tiles for many."""
+"""The C kernels (``arb_hf/csrc/matmul.c``): lookup tables for a few tokens, decoded tiles for many."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import native
 from ..errors import ArbFormatError
 from ..form import BinaryForm
 
-# Number of each type in csrc/linear.h.
+# Number of each type in csrc/layer.h.
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3}
 ACTIVATIONS = {kind: number for kind, number in TYPES.items() if kind.is_floating_point}
 TILE_ROWS = 480  # rows decoded at a time; not a multiple of 512, lest the columns of a tile share their cache sets
@@ -22,7 +22,7 @@ TABLE_TOKENS = 16  # at most so many tokens go by lookup tables; measured, see e
 
 
 class Layer(ctypes.Structure):
-    """``arb_layer`` of csrc/linear.h."""
+    """``arb_layer`` of csrc/layer.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "columns", "salient_columns", "block_size")),

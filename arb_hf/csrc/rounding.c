@@ -1,13 +1,18 @@
-/* Rounding columns one after the other, each one's step handed on to the columns after it: the inner loop of
- * refinement="full". Matrices are columns first: the n weights of a column lie together. */
+/* Rounding columns to their levels one after the other, each one's step handed on to the columns after it: the inner loop
+ * of refinement="full", entry point arb_round_columns. Matrices are columns first: the n weights of a column lie together.
+ *
+ * Rows do not depend on each other: WIDTH of them at a time go through all columns of a panel.
+ */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "tiles.h"
 
-enum { WIDTH = 128, PANEL = 32, SLOTS = 10, LEVELS = 8 }; /* weights at a time; the most of everything else */
+/* Rows at a time; then the most columns of a panel, row parameters, and levels of a column. */
+enum { WIDTH = 128, PANEL = 32, SLOTS = 10, LEVELS = 8 };
 
+/* The arguments of arb_round_columns. */
 typedef struct {
     int64_t n, k, slots, first, last;
     const float *targets, *present, *coupling, *rows, *levels;
@@ -17,12 +22,13 @@ typedef struct {
     float *dense, *steps;
 } Rounding;
 
+/* `count` of WIDTH numbers, the others 0. */
 static inline void load_row(const float *from, int64_t count, float *to) {
     memcpy(to, from, sizeof(float) * (size_t)count);
     memset(to + count, 0, sizeof(float) * (size_t)(WIDTH - count));
 }
 
-/* The nearest level of every weight of column j to its target, the first of equally near ones. */
+/* The level nearest to its target of every weight of column j, the first of equally near ones; and its code. */
 ARB_INLINE void nearest_level(const Rounding *r, int64_t j, float rows[][WIDTH], const float *target, float *value,
                               int32_t *code) {
     float best[WIDTH], level[WIDTH];
@@ -30,12 +36,14 @@ ARB_INLINE void nearest_level(const Rounding *r, int64_t j, float rows[][WIDTH],
     for (int64_t l = 0; l < r->counts[j]; l++) {
         const float *weight = r->levels + (j * LEVELS + l) * r->slots;
         int32_t name = r->known[j * LEVELS + l];
+        /* Level l of every row: a sum of row parameters, most of which do not count. */
         memset(level, 0, sizeof level);
         for (int64_t s = 0; s < r->slots; s++) {
             float w = weight[s];
             if (w == 0) continue;
             for (int i = 0; i < WIDTH; i++) level[i] += w * rows[s][i];
         }
+        /* Selections, not branches: vectorized. */
         for (int i = 0; i < WIDTH; i++) {
             float distance = fabsf(level[i] - target[i]);
             int closer = distance < best[i];
@@ -46,6 +54,7 @@ ARB_INLINE void nearest_level(const Rounding *r, int64_t j, float rows[][WIDTH],
     }
 }
 
+/* All columns of the panel, for rows start .. start + WIDTH - 1. */
 ARB_INLINE void round_chunk(const Rounding *r, int64_t start) {
     float rows[SLOTS][WIDTH], target[PANEL][WIDTH], now[WIDTH], value[WIDTH], step[WIDTH];
     int32_t code[WIDTH];
@@ -58,6 +67,7 @@ ARB_INLINE void round_chunk(const Rounding *r, int64_t start) {
         if (r->present) load_row(r->present + column * n + start, count, now);
         const float *from = r->present ? now : target[j];
         for (int i = 0; i < WIDTH; i++) step[i] = value[i] - from[i];
+        /* The columns after this one in the panel make up for its step. Later panels are the caller's. */
         for (int64_t q = j + 1; r->coupling && q < columns; q++) {
             float c = r->coupling[column * r->k + r->first + q];
             for (int i = 0; i < WIDTH; i++) target[q][i] += c * step[i];
