@@ -153,8 +153,8 @@ class Description:
         """
         layer, seen = self._known
         for name, reference, address in seen:
-            tensor: Any = tensors[name]
-            if reference() is not tensor or tensor.data_ptr() != address:
+            tensor = reference()
+            if tensor is None or tensor is not tensors[name] or tensor.data_ptr() != address:
                 break
         else:
             if layer is not None:
