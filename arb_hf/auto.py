@@ -70,15 +70,15 @@ def needs_trust(config: Mapping[str, Any]) -> bool:
 def _made(config: Mapping[str, Any]) -> Iterator[tuple[str, set[str]]]:
     """The auto classes that make a model of this config, each with the names of the classes that it makes."""
     model_type, own = config.get("model_type"), _auto_map(config)
-    kind = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
+    config_class = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
     others = [
         name for name in dir(modeling_auto) if name.startswith("AutoModelFor") and name not in (*GENERATORS, *LAST)
     ]
     for name in (*GENERATORS, *others, *LAST):
         mapping = getattr(getattr(modeling_auto, name, None), "_model_mapping", None)  # not every version has all
         classes = {own[name].rpartition(".")[2]} if name in own else set()
-        if mapping is not None and kind is not None and kind in mapping:
-            made = mapping[kind]
+        if mapping is not None and config_class is not None and config_class in mapping:
+            made = mapping[config_class]
             classes |= {each.__name__ for each in (made if isinstance(made, tuple) else (made,)) if each is not None}
         if classes:
             yield name, classes

@@ -115,7 +115,7 @@ class ArbReport:
         """Inverse of :meth:`to_dict`; entries that a newer version added are left out.
 
         Raises:
-            ArbFormatError: a part is missing or of another kind.
+            ArbFormatError: a part is missing or of another type.
         """
         try:
             return cls(
@@ -337,9 +337,9 @@ def _mean_error(records: Sequence[MatrixRecord]) -> float:
     return sum(errors) / len(errors) if errors else 0.0
 
 
-def _known(kind: Any, entries: dict[str, Any]) -> Any:
+def _known(record: Any, entries: dict[str, Any]) -> Any:
     """Make a dataclass from those entries that are its fields."""
-    return kind(**{each.name: entries[each.name] for each in dataclasses.fields(kind) if each.name in entries})
+    return record(**{each.name: entries[each.name] for each in dataclasses.fields(record) if each.name in entries})
 
 
 def _matrix(row: dict[str, Any]) -> MatrixRecord:

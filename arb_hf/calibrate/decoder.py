@@ -69,19 +69,19 @@ def _weights(module: nn.Module) -> int:
 
 
 def _require_decoder(model: PreTrainedModel) -> None:
-    kind, advice = type(model).__name__, "arb_hf binarizes decoder-only (causal) language models"
+    model_class, advice = type(model).__name__, "arb_hf binarizes decoder-only (causal) language models"
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ArbCalibrationError(f"{kind} is an encoder-decoder model; {advice}")
+        raise ArbCalibrationError(f"{model_class} is an encoder-decoder model; {advice}")
     flags = {getattr(module, "is_causal", None) for module in model.modules()} - {None}
     # A classifier, or a model without a head: of a decoder, if its config makes a language model and it attends as one.
     if not model.can_generate() and (flags == {False} or not writes_text(model.config.to_dict())):
-        raise ArbCalibrationError(f"{kind} does not generate text, and its backbone is no decoder's; {advice}")
+        raise ArbCalibrationError(f"{model_class} does not generate text, and its backbone is no decoder's; {advice}")
     # GPT-NeoX's config says False too, but its attention is causal.
     causal = True in flags
     if field(model, "is_decoder", True) is False and not causal:
-        raise ArbCalibrationError(f"{kind} is an encoder (config.is_decoder is False); {advice}")
+        raise ArbCalibrationError(f"{model_class} is an encoder (config.is_decoder is False); {advice}")
     if field(model, "add_cross_attention", False):
-        raise ArbCalibrationError(f"{kind} attends to an encoder (config.add_cross_attention); {advice}")
+        raise ArbCalibrationError(f"{model_class} attends to an encoder (config.add_cross_attention); {advice}")
 
 
 def survey(

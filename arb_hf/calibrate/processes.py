@@ -119,7 +119,7 @@ class Processes:
             local = [mine[name] for name in names if name in mine]
             size = next(inputs[name] for name in names if name in inputs)
             own, lent = (
-                self._sum_moments([getattr(group, kind) for group in local], size, device) for kind in ("own", "lent")
+                self._sum_moments([getattr(group, share) for group in local], size, device) for share in ("own", "lent")
             )
             summed.append(InputGroup(names, size, sequences, own, lent))
         return summed

@@ -273,8 +273,8 @@ def explained_stops(how_to_resume: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        kind = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}.get(type(error), "ended by an error")
-        logger.warning("binarizing was %s: %s", kind, how_to_resume())
+        ended = {KeyboardInterrupt: "interrupted", SystemExit: "terminated"}.get(type(error), "ended by an error")
+        logger.warning("binarizing was %s: %s", ended, how_to_resume())
         raise
     finally:
         if main:

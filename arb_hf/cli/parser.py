@@ -264,7 +264,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
             dest=f"config.{name}",
             default=argparse.SUPPRESS,
             help=(words.get(name, "") + default).replace("%", "%%"),
-            **{**_kind(str(parameter.annotation)), **_values(module, name)},
+            **{**_reading(str(parameter.annotation)), **_values(module, name)},
         )
 
 
@@ -296,7 +296,7 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from None
 
 
-def _kind(annotation: str) -> dict[str, Any]:
+def _reading(annotation: str) -> dict[str, Any]:
     """How argparse is to read a value of this type."""
     annotation = annotation.removesuffix(" | None")
     if annotation == "bool":

@@ -85,10 +85,10 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> Any:
     _check_architecture(model_id, auto, config, **trust)
     _check_generation(model_id, **hub_arguments)
     model, info = auto.from_pretrained(model_id, output_loading_info=True, **kwargs)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(kind):
-            names = ", ".join(sorted(str(each) for each in info[kind])[:5])
-            raise ArbFormatError(f"{model_id}: {kind.replace('_', ' ')} in the checkpoint: {names}")
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            names = ", ".join(sorted(str(each) for each in info[problem])[:5])
+            raise ArbFormatError(f"{model_id}: {problem.replace('_', ' ')} in the checkpoint: {names}")
     report = load_report(model_id, **hub_arguments)
     if report is not None:
         model.arb_report = report

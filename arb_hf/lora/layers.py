@@ -124,8 +124,8 @@ class ParamWrapper(LoraBinaryLinear):
 
 def adapt_linear(layer: nn.Module, adapter_name: str, parameter_name: str | None = None, **kwargs: Any) -> nn.Module:
     """A binary layer with an adapter."""
-    kind = LoraBinaryLinear if parameter_name is None else ParamWrapper
-    return kind(layer, adapter_name, **kwargs)
+    layer_class = LoraBinaryLinear if parameter_name is None else ParamWrapper
+    return layer_class(layer, adapter_name, **kwargs)
 
 
 class ExpertFactors(nn.Module):

@@ -230,7 +230,7 @@ def _check_names(wanted: LoraConfig, model: nn.Module, places: Places) -> None:
     stacks = [f"{holder}.{each}" for holder, experts in places.experts.items() for each in experts.stacks.names]
     modules = [*places.modules, *places.matrices(), *stacks, *former]
     parameters = [*(name.replace(".base_layer", "") for name, _ in model.named_parameters()), *stacks]
-    for option, kind, known in (
+    for option, what, known in (
         ("target_modules", "module", modules),
         ("exclude_modules", "module", modules),
         ("target_parameters", "parameter", parameters),
@@ -238,7 +238,7 @@ def _check_names(wanted: LoraConfig, model: nn.Module, places: Places) -> None:
         given = getattr(wanted, option) or ()
         for target in () if isinstance(given, str) else sorted(given):
             if not any(_is_called(name, target) for name in known):
-                raise ValueError(f"{option}: no {kind} of this model is called {target}. {_called(places)}")
+                raise ValueError(f"{option}: no {what} of this model is called {target}. {_called(places)}")
 
 
 def _called(places: Places) -> str:

@@ -111,16 +111,16 @@ def _open_named(source: str, split: str) -> Rows | Text:
         raise ValueError(f"the text {shown!r} is not known; pass {known}, a list or a datasets.Dataset{cure}")
     if not os.path.isfile(source):
         raise ValueError(f"the text file {source} does not exist")
-    kind = suffix.removesuffix(".gz")
-    if kind == ".parquet":
+    ending = suffix.removesuffix(".gz")
+    if ending == ".parquet":
         try:
             return Table(_datasets().Dataset.from_parquet(source))
         except Exception as error:  # pyarrow's and datasets' own types
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{source} is not a readable parquet file ({type(error).__name__}: {reason})") from error
-    if kind == ".jsonl":
+    if ending == ".jsonl":
         return JsonLines(path)
-    return RawFile(path) if kind == ".raw" else TextFile(path)
+    return RawFile(path) if ending == ".raw" else TextFile(path)
 
 
 def _download(name: str, split: str) -> Rows:
