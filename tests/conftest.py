@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import arb_hf
 from arb_hf.kernels import ops
+from helpers.byte_model import save_packed
 from helpers.models import llama, word_tokenizer
 
 
@@ -26,6 +28,18 @@ def dense(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny.save_model(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """Folder of the packed model of :mod:`helpers.byte_model`."""
+    return save_packed(tmp_path_factory.mktemp("byte-model"))
+
+
+@pytest.fixture
+def model(packed):
+    """The model of ``packed``, loaded anew."""
+    return arb_hf.from_pretrained(packed)
 
 
 @pytest.fixture

@@ -17,16 +17,6 @@ from helpers.byte_model import logits, save_packed, train
 pytestmark = pytest.mark.usefixtures("exact_kernel")
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    return save_packed(tmp_path_factory.mktemp("scales"))
-
-
-@pytest.fixture
-def model(packed):
-    return arb_hf.from_pretrained(packed)
-
-
 def random_layer(method, scale_dtype):
     options = arb_hf.ArbConfig(method=method, scale_dtype=scale_dtype, block_size=32, iterations=2).options()
     weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ from transformers import (
 import arb_hf
 from arb_hf import ArbConfig, ArbFormatError
 from arb_hf.auto import auto_class, needs_trust
-from helpers.byte_model import VOCABULARY, byte_tokenizer, byte_tokens, save_packed
+from helpers.byte_model import VOCABULARY, byte_tokenizer, byte_tokens
 from helpers.classes import save_own_model, save_vision_model
 
 IDS = byte_tokens(2, 16, seed=2)
@@ -42,11 +42,6 @@ def run(code: str, capsys) -> str:
     """What a snippet prints."""
     exec(code, {})
     return capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    return save_packed(tmp_path_factory.mktemp("causal"))
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,6 @@ from helpers.byte_model import byte_tokens, logits, save_byte_model, save_packed
 SHARDS, OTHER_SHARDS = {"max_shard_size": "40KB"}, {"max_shard_size": "60KB"}
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    return save_packed(tmp_path_factory.mktemp("saving"))
-
-
-@pytest.fixture
-def model(packed):
-    return arb_hf.from_pretrained(packed)
-
-
 @pytest.fixture
 def changed(packed):
     """Another model of the same forms: a mixture of its files with the first model's would load."""

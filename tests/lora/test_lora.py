@@ -13,7 +13,7 @@ import arb_hf
 from arb_hf import scales
 from arb_hf.format.form import BinaryForm
 from arb_hf.report import Measurement
-from helpers.byte_model import byte_tokens, logits, save_byte_model, save_packed, train
+from helpers.byte_model import byte_tokens, logits, save_byte_model, train
 
 pytest.importorskip("peft")
 lora = pytest.importorskip("arb_hf.lora")
@@ -23,16 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT's
     pytest.mark.usefixtures("exact_kernel"),
 ]
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    return save_packed(tmp_path_factory.mktemp("lora"))
-
-
-@pytest.fixture
-def model(packed):
-    return arb_hf.from_pretrained(packed)
 
 
 def trainable(model):

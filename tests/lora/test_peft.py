@@ -19,11 +19,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    return save_packed(tmp_path_factory.mktemp("peft"))
-
-
-@pytest.fixture(scope="module")
 def adapter(packed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     adapted = lora.add_lora(arb_hf.from_pretrained(packed), r=2)
