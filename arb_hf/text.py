@@ -59,7 +59,9 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
     """Token ids, int64 ``[tokens]``, of the text as one string, without special tokens."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    return torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64, device="cpu"
+    )
 
 
 def _texts(data: Any, render_chat: Callable[[Any], str], split: str) -> list[str]:

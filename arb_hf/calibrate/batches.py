@@ -81,20 +81,20 @@ def _token_samples(data: Any) -> list[Batch] | None:
 
 
 def _rows(ids: Any, mask: Any) -> Iterable[tuple[Any, Any]]:
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids, device="cpu")
     if ids.dim() == 1:
         return [(ids, mask)]
-    return zip(ids, [None] * len(ids) if mask is None else torch.as_tensor(mask), strict=True)
+    return zip(ids, [None] * len(ids) if mask is None else torch.as_tensor(mask, device="cpu"), strict=True)
 
 
 def _sample(ids: Any, mask: Any) -> Batch:
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids, device="cpu")
     if ids.dim() != 1 or ids.is_floating_point() or ids.numel() == 0:
         raise ArbCalibrationError(
             f"token samples must be integer vectors; one has shape {list(ids.shape)} and type {ids.dtype}"
         )
     if mask is not None:
-        mask = torch.as_tensor(mask).to(torch.int64)
+        mask = torch.as_tensor(mask, device="cpu").to(torch.int64)
         if mask.shape != ids.shape:
             raise ArbCalibrationError(f"attention_mask has shape {list(mask.shape)}, its input_ids {list(ids.shape)}")
         if not mask.any():
@@ -116,8 +116,8 @@ def _windows(text: str, tokenizer: Any, config: ArbConfig) -> list[Batch]:
             f"the calibration text has {ids.numel()} tokens, but num_samples={wanted} x sequence_length={length} "
             f"asks for {wanted * length}; pass more text or lower one of them (num_samples={ids.numel() // length} would fit)"
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    starts = torch.randint(0, max(ids.numel() - length, 1), (wanted,), generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(config.seed)
+    starts = torch.randint(0, max(ids.numel() - length, 1), (wanted,), generator=generator, device="cpu").tolist()
     return [Batch(ids[None, start : start + length], None) for start in starts]
 
 
