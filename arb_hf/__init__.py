@@ -20,6 +20,7 @@ Where things are, from the roof to the ground; a room imports from rooms below i
 ``kernels``                         the binary matmul: one operator, one reference, a module per backend
 ``format``                          what is stored; its docstring is the specification
 ``native``, ``names``, ``errors``   the C library (``csrc``) and how it is called; what names say; what users catch
+``exact``                           arithmetic that autocast leaves alone
 ==================================  =====================================================================================
 """
 
@@ -74,6 +75,8 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if QUANT_METHOD not in _auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reload must not register twice
-    register_quantization_config(QUANT_METHOD)(ArbConfig)
-    register_quantizer(QUANT_METHOD)(ArbHfQuantizer)
+# Imported once more, in a notebook say, the package takes the place of its former self, whose classes others are.
+_auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+_auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+register_quantization_config(QUANT_METHOD)(ArbConfig)
+register_quantizer(QUANT_METHOD)(ArbHfQuantizer)

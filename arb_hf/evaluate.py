@@ -236,10 +236,10 @@ def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], li
         rows = [(tokens[-(limit + 1) :], count) for tokens, count in rows]
     width = max(len(tokens) for tokens, _ in rows) - 1
     device = _device(model)
-    ids = torch.zeros(len(rows), width + 1, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    ids = torch.zeros(len(rows), width + 1, dtype=torch.int64, device="cpu")
+    mask = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
     for index, (tokens, _) in enumerate(rows):
-        ids[index, : len(tokens)] = torch.tensor(tokens)
+        ids[index, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         mask[index, : len(tokens) - 1] = 1
     ids = ids.to(device)
     logits = _logits(model, ids[:, :-1], attention_mask=mask.to(device))

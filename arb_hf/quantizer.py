@@ -36,6 +36,22 @@ class ArbHfQuantizer(HfQuantizer):
         self.entries: dict[str, Entry] = {}
         self.prefix = Prefix("", "", frozenset())
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a state of torch in which the weights would have no values, or tuning no gradients.
+
+        Raises:
+            RuntimeError: the default device is "meta", or a run that tunes is started in inference mode.
+        """
+        if torch.get_default_device().type == "meta":
+            raise RuntimeError(
+                'the default device is "meta", where weights have no values: load the model outside of it'
+            )
+        if torch.is_inference_mode_enabled() and not self.pre_quantized and self.quantization_config.tune_steps:
+            raise RuntimeError(
+                "tuning needs gradients, which torch.inference_mode() forbids: binarize outside of it, "
+                "or set tune_steps=0"
+            )
+
     def update_device_map(self, device_map: Any) -> Any:
         if self.pre_quantized:
             return device_map

@@ -92,4 +92,4 @@ def _upper_factor_of_inverse(matrix: Tensor) -> Tensor | None:
 def _identity(size: int, device: torch.device | None, dead: Tensor | None = None) -> HessianFactor:
     if dead is None:
         dead = torch.zeros(size, dtype=torch.bool, device=device)
-    return HessianFactor(torch.eye(size, device=device), dead, damping=0.0, data_free=True)
+    return HessianFactor(torch.eye(size, dtype=torch.float32, device=device), dead, damping=0.0, data_free=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArbCalibrationError
+from ..exact import autocast_off
 from ..format.weight import BinaryWeight
 from .full.driver import binarize_full
 from .hessian import HessianFactor, factorize, output_error
@@ -37,6 +38,7 @@ class SolveRecord:
     seconds: float
 
 
+@autocast_off()
 def binarize_weight(weight: Tensor, hessian: Tensor | None, config: Any) -> BinaryWeight:
     """Binarize one matrix.
 
@@ -59,6 +61,7 @@ def binarize_weight(weight: Tensor, hessian: Tensor | None, config: Any) -> Bina
     return solve(weight, hessian, factor, options).scaled(unit)
 
 
+@autocast_off()
 def binarize_and_record(
     weight: Tensor, hessian: Tensor | None, factor: HessianFactor, options: BinarizeOptions
 ) -> tuple[BinaryWeight, SolveRecord]:

@@ -116,20 +116,20 @@ def _sequences(ids: Any, mask: Any) -> Iterator[tuple[Any, Any]]:
     """The sequences of a row: itself, or those of a batch, which may differ in length."""
     batch = isinstance(ids, list | tuple) and ids and isinstance(ids[0], list | tuple)
     if not batch:
-        ids = torch.as_tensor(ids)
+        ids = torch.as_tensor(ids, device="cpu")
         if ids.dim() != 2:
             return iter([(ids, mask)])
     return zip(ids, itertools.repeat(None) if mask is None else mask, strict=mask is not None)
 
 
 def _sample(ids: Any, mask: Any, where: str) -> Batch:
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(ids, device="cpu")
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() == 0:
         raise ArbCalibrationError(
             f"{where}: token samples must be integer vectors; one has shape {list(ids.shape)} and type {ids.dtype}"
         )
     if mask is not None:
-        mask = torch.as_tensor(mask).to(torch.int64)
+        mask = torch.as_tensor(mask, device="cpu").to(torch.int64)
         if mask.shape != ids.shape:
             raise ArbCalibrationError(
                 f"{where}: attention_mask has shape {list(mask.shape)}, its input_ids {list(ids.shape)}"

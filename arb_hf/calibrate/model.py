@@ -28,6 +28,7 @@ from ..architecture import (
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
+from ..exact import autocast_off
 from ..report import ArbReport
 from ..text import load_tokenizer, plain_tokenizer
 from .batches import Batch, load_batches
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
 
 
+@autocast_off()
 @torch.no_grad()
 def binarize_model(
     model: PreTrainedModel, config: ArbConfig, skip: list[str], device: torch.device | None = None

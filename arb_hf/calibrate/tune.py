@@ -271,11 +271,11 @@ def _batches(
     """The batches of each step, in shuffled rounds through all of them, by a local generator."""
     tokens = max(batch.hidden.shape[:-1].numel() for batch in training)
     size = max(1, min(STEP_TOKENS // (max(processes.gather(tokens)) * processes.count), len(training)))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
         if len(order) < size:
-            order += torch.randperm(len(training), generator=generator).tolist()
+            order += torch.randperm(len(training), generator=generator, device="cpu").tolist()
         yield [training[number] for number in order[:size]]
         del order[:size]
 

@@ -36,7 +36,7 @@ def draw_windows(text: Text, tokenizer: Any, count: int, length: int, seed: int)
         ArbCalibrationError: less text than the windows hold together, or a stream that would have to be held in memory
             by the gigabyte.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     pieces = text.pieces()
     head, ended = read(pieces, None if text.whole else SMALL)
     if ended:
@@ -72,7 +72,7 @@ def _of_string(text: str, tokenizer: Any, count: int, length: int, generator: to
     ids = tokenize(text, tokenizer)
     if ids.numel() < count * length or ids.numel() < length:
         raise _too_little(str(ids.numel()), ids.numel(), count, length)
-    starts = torch.randint(0, max(ids.numel() - length, 1), (count,), generator=generator).tolist()
+    starts = torch.randint(0, max(ids.numel() - length, 1), (count,), generator=generator, device="cpu").tolist()
     return torch.stack([ids[start : start + length] for start in starts])
 
 

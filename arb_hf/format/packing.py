@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..exact import autocast_off
 from . import WORD
 from .form import BinaryForm
 from .weight import BinaryWeight, as_signs, decode_columns, decode_rows, encode_columns, encode_rows
@@ -13,7 +14,7 @@ from .weight import BinaryWeight, as_signs, decode_columns, decode_rows, encode_
 def stored_order(salient: Tensor, block_size: int) -> Tensor:
     """Permutation ``[m]``: the original column at each stored position."""
     m = salient.numel()
-    position = torch.arange(m, device=salient.device)
+    position = torch.arange(m, dtype=torch.int64, device=salient.device)
     key = (position // block_size) * 2 + (~salient).to(torch.int64)
     return torch.argsort(key, stable=True)
 
@@ -51,6 +52,7 @@ def unpack_mask(packed: Tensor, count: int) -> Tensor:
     return ((packed[:, None] >> shifts) & 1).reshape(-1)[:count].to(torch.bool)
 
 
+@autocast_off()
 def pack(weight: BinaryWeight) -> dict[str, Tensor]:
     """The stored tensors of a binary weight: scales rounded to ``scale_dtype``, zero signs made +1.
 

@@ -22,7 +22,7 @@ def as_signs(bits: Tensor) -> Tensor:
     return bits.to(torch.int8).mul_(2).sub_(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the same object or another one: tensors have no single truth value
 class BinaryWeight:
     """A binarized matrix ``[n, m]`` in column blocks; all tensors in the original column order.
 
@@ -97,7 +97,7 @@ class BinaryWeight:
         planes = (self.signs[:, columns][:, salient], self.second_signs[:, salient_columns])
         values = []
         for group in range(self.form.salient_groups):
-            value = torch.zeros((), device=self.signs.device)
+            value = torch.zeros((), dtype=torch.float32, device=self.signs.device)
             for order, plane in enumerate(planes):
                 scale = self.salient_scale(group, order, columns, salient_columns)
                 slot = self.form.salient_scale_slot(group, order)

@@ -49,8 +49,8 @@ def refusal(device_type: str) -> str | None:
 def _library() -> ctypes.CDLL:
     library = native.require()
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.arb_linear.argtypes = (ctypes.POINTER(Layer), pointer, number, pointer, size, number, number)
-    library.arb_decode.argtypes = (ctypes.POINTER(Layer), size, size, pointer, number, number, number)
+    library.arb_linear.argtypes = (pointer, pointer, number, pointer, size, number, number)
+    library.arb_decode.argtypes = (pointer, size, size, pointer, number, number, number)
     return library
 
 
@@ -126,7 +126,7 @@ def linear_described(x: Tensor, layer: Layer, form: BinaryForm) -> Tensor:
     x = x.contiguous()
     y = x.new_empty((*lead, form.out_features))
     arguments = x.data_ptr(), number, y.data_ptr(), tokens, torch.get_num_threads(), native.isa()
-    status = _library().arb_linear(layer, *arguments)
+    status = _library().arb_linear(ctypes.byref(layer), *arguments)
     if status:
         _check(status, form)
     return y
@@ -153,8 +153,7 @@ class Description:
         """
         layer, seen = self._known
         for name, reference, address in seen:
-            tensor = reference()
-            if tensor is None or tensor is not tensors[name] or tensor.data_ptr() != address:
+            if reference() is not tensors[name] or tensors[name].data_ptr() != address:
                 break
         else:
             if layer is not None:
@@ -176,7 +175,7 @@ def _decode(layer: Layer, form: BinaryForm, start: int, buffer: Tensor) -> Tenso
     stop = min(start + TILE_ROWS, form.out_features)
     tile = buffer[: form.in_features * (stop - start)].view(form.in_features, stop - start)
     arguments = start, stop, tile.data_ptr(), TYPES[tile.dtype], torch.get_num_threads(), native.isa()
-    _check(_library().arb_decode(layer, *arguments), form)
+    _check(_library().arb_decode(ctypes.byref(layer), *arguments), form)
     return tile
 
 

@@ -221,12 +221,21 @@ def linear_from(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _gate(fused: nn.Module, stacks: Stacks) -> Callable[[Tensor], Tensor]:
     """What an expert does between its projections, as transformers' own implementations of experts define it."""
-    own = getattr(fused, "_apply_gate", None)
     if stacks.up == "up_proj":
         return fused.act_fn  # type: ignore[return-value]
-    if own is not None:
-        return own
+    if hasattr(fused, "_apply_gate"):
+        return OwnGate(fused)
     return Gated(fused.act_fn)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class OwnGate:
+    """The gate of a module of experts, looked up by name: its method may bear another, by which pickle would not find it."""
+
+    fused: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.fused._apply_gate(x)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)

@@ -65,15 +65,16 @@ def expose_linears(model: nn.Module, names: Iterable[str], verify: bool = False)
 def _probe(experts: nn.Module, count: int, width: int, batched: bool) -> tuple[Tensor, ...]:
     """Random tokens that reach up to four experts."""
     parameter = next(experts.parameters())
-    generator, tokens = torch.Generator().manual_seed(0), 4
-    x = torch.randn(tokens, width, generator=generator).to(parameter)
+    generator, tokens = torch.Generator("cpu").manual_seed(0), 4
+    in_float32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    x = torch.randn(tokens, width, generator=generator, **in_float32).to(parameter)
     if batched:
-        routed = torch.zeros(count, tokens, width).to(parameter)
+        routed = torch.zeros(count, tokens, width, **in_float32).to(parameter)
         for token in range(tokens):
             routed[token % count, token] = x[token]
         return (routed.reshape(-1, width),)
-    index = torch.arange(tokens, device=parameter.device)[:, None] % count
-    return x, index, torch.linspace(0.5, 1, tokens)[:, None].to(parameter)
+    index = torch.arange(tokens, dtype=torch.int64, device=parameter.device)[:, None] % count
+    return x, index, torch.linspace(0.5, 1, tokens, **in_float32)[:, None].to(parameter)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

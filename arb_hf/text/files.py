@@ -34,7 +34,7 @@ class JsonLines(Rows):
                     yield where, _json(decoded, where)
 
     def draw(self, count: int, generator: torch.Generator, length_of: Callable[[int], int]) -> list[Start]:
-        drawn = torch.randint(0, self.path.stat().st_size, (count,), generator=generator).tolist()
+        drawn = torch.randint(0, self.path.stat().st_size, (count,), generator=generator, device="cpu").tolist()
         with self.path.open("rb") as file:
             return [_line_around(file, byte) for byte in drawn]
 
@@ -76,7 +76,9 @@ class TextFile(Text):
                 yield piece
 
     def draw(self, count: int, generator: torch.Generator) -> list[Start]:
-        return [(byte, 0.0) for byte in torch.randint(0, self.size(), (count,), generator=generator).tolist()]
+        return [
+            (byte, 0.0) for byte in torch.randint(0, self.size(), (count,), generator=generator, device="cpu").tolist()
+        ]
 
     def size(self) -> int:
         return self.path.stat().st_size

@@ -65,14 +65,18 @@ class Table(Rows):
         Of a table with fewer rows than are looked at all are, and the starts are exactly uniform.
         """
         total, seen = len(self.data), min(ROWS_SEEN, max(1024, 16 * count))
-        numbers = torch.randint(0, total, (seen,), generator=generator) if total > seen else torch.arange(total)
-        lengths = torch.tensor([length_of(number) for number in numbers.tolist()], dtype=torch.float64)
+        numbers = torch.arange(total, device="cpu")
+        if total > seen:
+            numbers = torch.randint(0, total, (seen,), generator=generator, device="cpu")
+        lengths = torch.tensor([length_of(number) for number in numbers.tolist()], dtype=torch.float64, device="cpu")
         if not lengths.any():
             raise ValueError(f"none of {len(numbers)} rows of the text holds any: pass data with text")
         chosen = torch.searchsorted(
-            lengths.cumsum(0), torch.rand(count, generator=generator, dtype=torch.float64) * lengths.sum(), right=True
+            lengths.cumsum(0),
+            torch.rand(count, generator=generator, dtype=torch.float64, device="cpu") * lengths.sum(),
+            right=True,
         ).clamp(max=len(numbers) - 1)
-        shares = torch.rand(count, generator=generator, dtype=torch.float64)
+        shares = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
         return list(zip(numbers[chosen].tolist(), shares.tolist(), strict=True))
 
     def size(self, length_of: Callable[[int], int]) -> int:
@@ -135,7 +139,9 @@ class StringText(Text):
         return (self.string[at : at + PIECE] for at in range(start[0], len(self.string), PIECE))
 
     def draw(self, count: int, generator: torch.Generator) -> list[Start]:
-        return [(at, 0.0) for at in torch.randint(0, len(self.string), (count,), generator=generator).tolist()]
+        return [
+            (at, 0.0) for at in torch.randint(0, len(self.string), (count,), generator=generator, device="cpu").tolist()
+        ]
 
     def size(self) -> int:
         return len(self.string.encode("utf-8", errors="surrogatepass"))

@@ -39,7 +39,9 @@ def plain_tokenizer(tokenizer: Any) -> Any:
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
     """Token ids, int64 ``[tokens]``, of the text as one string, without special tokens."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    return torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64, device="cpu"
+    )
 
 
 def read(pieces: Iterator[str], limit: int | None) -> tuple[str, bool]:

@@ -78,7 +78,7 @@ class CodedBlock:
         dense = torch.empty(self.codes.shape, dtype=self.rows.dtype, device=self.rows.device)
         for salient, where in ((False, ~self.salient), (True, self.salient)):
             codes = self.codes[where]
-            of_group = [torch.zeros((), device=dense.device)] * self._groups(salient)
+            of_group = [torch.zeros((), dtype=dense.dtype, device=dense.device)] * self._groups(salient)
             for slot, group, bit in self.slots(salient):
                 term = self.columns[slot, where, None] * self.rows[slot]
                 of_group[group] = of_group[group] + (term.mul_(signs_of(codes, bit)) if bit else term)
@@ -89,4 +89,8 @@ class CodedBlock:
 
 def signs_of(codes: Tensor, bit: int) -> Tensor:
     """+-1 by a bit of the codes; 1 for no bit."""
-    return ((codes & bit) != 0).float().mul_(2).sub_(1) if bit else torch.ones(codes.shape, device=codes.device)
+    return (
+        ((codes & bit) != 0).float().mul_(2).sub_(1)
+        if bit
+        else torch.ones(codes.shape, dtype=torch.float32, device=codes.device)
+    )

@@ -55,7 +55,7 @@ def binarize_full(
 def _curvature(hessian: Tensor | None, factor: HessianFactor) -> Tensor:
     """The damped H that the factor belongs to; the identity without data."""
     if hessian is None or factor.data_free:
-        return torch.eye(len(factor.upper), device=factor.upper.device)
+        return torch.eye(len(factor.upper), dtype=torch.float32, device=factor.upper.device)
     return damped(hessian, factor.dead, factor.damping)
 
 

@@ -12,7 +12,7 @@ from .fit import Fit
 
 def salient_errors(ranked: Tensor, candidates: int) -> Tensor:
     """See :func:`arb_hf.binarize.paper.search.salient_errors`."""
-    errors = torch.empty(candidates, dtype=torch.float64)
+    errors = torch.empty(candidates, dtype=torch.float64, device="cpu")
     ranked = ranked.contiguous()
     call("arb_salient_errors", ranked, *ranked.shape, candidates, native.isa(), errors)
     return errors
@@ -20,7 +20,7 @@ def salient_errors(ranked: Tensor, candidates: int) -> Tensor:
 
 def split_errors(metric: Tensor, thresholds: Tensor, order: int) -> Tensor:
     """See :func:`arb_hf.binarize.paper.search.split_errors`."""
-    errors = torch.empty(thresholds.numel(), dtype=torch.float64)
+    errors = torch.empty(thresholds.numel(), dtype=torch.float64, device="cpu")
     metric, thresholds = metric.contiguous(), thresholds.contiguous()
     call("arb_split_errors", metric, *metric.shape, thresholds, thresholds.numel(), order, native.isa(), errors)
     return errors
@@ -33,7 +33,7 @@ def output_errors(metric: Tensor, thresholds: Tensor, ordinary: Tensor, rest: Te
     columns, moment = ordinary.nonzero().flatten(), second_moment.double()
     moment = (moment + moment.T) / 2
     metric, thresholds = metric.contiguous(), thresholds.contiguous()
-    errors = torch.empty(thresholds.numel(), dtype=torch.float64)
+    errors = torch.empty(thresholds.numel(), dtype=torch.float64, device="cpu")
     sizes = (*block.shape, columns.numel())
     candidates = thresholds.numel()
     call("arb_output_errors", block, metric, columns, *sizes, thresholds, candidates, moment, native.isa(), errors)

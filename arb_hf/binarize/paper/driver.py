@@ -44,7 +44,7 @@ def binarize_published(
 def _second_moment(hessian: Tensor | None, columns: slice, factor: HessianFactor) -> Tensor:
     """S of a block, ``H_raw / 2``, in units like the weights; the identity without data."""
     if hessian is None or factor.data_free:
-        return torch.eye(columns.stop - columns.start, device=factor.upper.device)
+        return torch.eye(columns.stop - columns.start, dtype=torch.float32, device=factor.upper.device)
     return in_units(hessian[columns, columns])[0]
 
 
@@ -89,7 +89,7 @@ def _binarize_block(
     # The file of a method bears its name.
     fit = importlib.import_module(f".{options.method.replace('-', '_')}", __package__).fit
     dense, signs = torch.empty_like(values), torch.empty_like(values)
-    fits, second_signs = [], torch.empty(0)
+    fits, second_signs = [], values.new_empty(0)
     for columns, order in ((~parts.salient, 1), (parts.salient, 2)):
         members = _members(values, parts, columns, grouped=order == 1 or options.column_group_bitmap)
         groups = [
@@ -143,7 +143,7 @@ def _assemble(blocks: list[_Block], n: int, m: int, options: BinarizeOptions) ->
 def _scales_by_slot(block: _Block, form: BinaryForm) -> Tensor:
     """Column scales ``[scale_slots, k]`` of a block; 0 where a slot is of the other kind of columns."""
     salient = block.parts.salient
-    scales = torch.zeros(form.scale_slots, salient.numel(), device=salient.device)
+    scales = torch.zeros(form.scale_slots, salient.numel(), dtype=torch.float32, device=salient.device)
     scales[: form.groups, ~salient] = torch.stack([fit.columns[0] for fit in block.ordinary if fit.columns is not None])
     scales[form.groups :, salient] = torch.stack([scale for fit in block.salient for scale in fit.columns or ()])
     return scales

@@ -49,7 +49,7 @@ def quantiles(magnitudes: Tensor) -> Tensor:
     """The candidate thresholds: 81 quantiles of a value set, linearly interpolated."""
     values = magnitudes.flatten()
     ordered = compiled.sort_magnitudes(values) if native.usable(values) else values.sort().values
-    position = torch.linspace(0.10, 0.90, THRESHOLDS, dtype=torch.float64) * (ordered.numel() - 1)
+    position = torch.linspace(0.10, 0.90, THRESHOLDS, dtype=torch.float64, device="cpu") * (ordered.numel() - 1)
     below = position.floor().to(torch.int64)
     above = (below + 1).clamp(max=ordered.numel() - 1)
     fraction = (position - below).to(ordered.device)

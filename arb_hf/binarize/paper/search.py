@@ -30,7 +30,8 @@ def salient_errors(ranked: Tensor, candidates: int) -> Tensor:
     if native.usable(ranked):
         return compiled.salient_errors(ranked, candidates)
     c = ranked.shape[1]
-    first = torch.arange(c, device=ranked.device) < torch.arange(1, candidates + 1, device=ranked.device)[:, None]
+    counts = torch.arange(1, candidates + 1, dtype=torch.int64, device=ranked.device)
+    first = torch.arange(c, dtype=torch.int64, device=ranked.device) < counts[:, None]
     parts = torch.stack([first, ~first], 1).to(ranked.dtype)  # [candidates, 2, c]: the columns of both parts
     total = ranked.new_zeros(candidates, dtype=torch.float64)
     room = [ranked.new_empty(0) for _ in range(3)]
