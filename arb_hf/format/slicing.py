@@ -50,8 +50,10 @@ def cut_columns(
     columns = start + stored_order(inside, block_size)  # of the whole matrix, in the stored order of the piece
     at = torch.argsort(stored_order(salient, form.block_size))[columns]  # their stored positions in the whole
     first = int(salient[:start].sum())
-    numbers = torch.arange(first, first + int(inside.sum()), device=salient.device)  # of the salient columns
-    blocks = torch.arange(start, stop, block_size, device=salient.device) // form.block_size
+    numbers = torch.arange(
+        first, first + int(inside.sum()), dtype=torch.int64, device=salient.device
+    )  # of the salient columns
+    blocks = torch.arange(start, stop, block_size, dtype=torch.int64, device=salient.device) // form.block_size
     moved = {
         "weight": lambda plane: _moved(plane, form.in_features, at),
         "second_plane": lambda plane: (

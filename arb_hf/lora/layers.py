@@ -139,7 +139,7 @@ class ExpertFactors(nn.Module):
     def __init__(self, shape: tuple[int, int, int], rank_first: bool) -> None:
         super().__init__()
         self.rank_first = rank_first
-        self.weight = nn.Parameter(torch.empty(shape))
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="cpu"))
 
     def _stored(self, weight: Tensor) -> Tensor:
         if self.rank_first:

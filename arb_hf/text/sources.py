@@ -65,7 +65,7 @@ class Table(Rows):
         Of a table with fewer rows than are looked at all are, and the starts are exactly uniform.
         """
         total, seen = len(self.data), min(ROWS_SEEN, max(1024, 16 * count))
-        numbers = torch.arange(total, device="cpu")
+        numbers = torch.arange(total, dtype=torch.int64, device="cpu")
         if total > seen:
             numbers = torch.randint(0, total, (seen,), generator=generator, device="cpu")
         lengths = torch.tensor([length_of(number) for number in numbers.tolist()], dtype=torch.float64, device="cpu")
