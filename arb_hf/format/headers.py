@@ -1,4 +1,4 @@
-"""A packed model's folder as its headers tell it: files, tensors, true bits. No tensor is read."""
+"""Inspect a packed model's folder by its headers: files, tensors, true bits. No tensor is read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def shard_names(index: Mapping[str, Any]) -> list[str]:
     """The files that an index names, in order.
 
     Raises:
-        ArbFormatError: it is no index, or names something else than files beside it.
+        ArbFormatError: it is not an index, or names anything but files beside it.
     """
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
@@ -88,7 +88,7 @@ def shard_names(index: Mapping[str, Any]) -> list[str]:
     for name in shards.values():
         plain = name.isprintable() and os.path.basename(name) == name and "\\" not in name and len(name) < 256
         if not plain or name in ("", ".", ".."):
-            raise ArbFormatError(f"{INDEX} names {name[:256]!r}, which is no file of the model's own folder")
+            raise ArbFormatError(f"{INDEX} names {name[:256]!r}, which is not a file in the model's own folder")
     return sorted(set(shards.values()))
 
 
@@ -104,7 +104,7 @@ def require_inside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     if not place.is_relative_to(root):
         raise ArbFormatError(f"{path} is outside the model's folder {folder}")
     if not target.is_relative_to(home) and not target.is_relative_to(blobs):
-        raise ArbFormatError(f"{place.name} links to {target}, outside the model's folder: put the file itself there")
+        raise ArbFormatError(f"{place.name} links to {target}, outside the model's folder; put the file itself there")
 
 
 def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
@@ -207,12 +207,12 @@ def _report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Text without what would steer a terminal: names in files are a stranger's."""
+    """Text without characters that would steer a terminal: whoever wrote the files chose the names."""
     return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
 
 
 def _product(shape: list[int]) -> int:
-    """Product of a shape's sizes, which must be counts."""
+    """Number of elements of a shape, whose sizes must be counts."""
     product = 1
     for size in shape:
         if type(size) is not int or not 0 <= size < 2**63:
@@ -239,7 +239,7 @@ def _bits(entry: Mapping[str, Any]) -> int:
 
 
 def _within(owner: str, modules: Any) -> bool:
-    """Is ``owner`` one of ``modules``, or inside one?"""
+    """Whether ``owner`` is one of ``modules``, or inside one."""
     while owner:
         if owner in modules:
             return True

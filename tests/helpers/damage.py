@@ -290,7 +290,7 @@ KINDS = (
     (r"no model can be made", "config.json makes no model"),
     (r"not a model packed by", "not packed by arb_hf"),
     (r"config\.json", "config.json disagrees"),
-    (r"outside the model's folder|no file of the model's own folder|outside the Hub", "place outside the folder"),
+    (r"outside the model's folder|not a file in the model's own folder|outside the Hub", "place outside the folder"),
     (r"index\.json", "index of shards"),
     (r"cut off|not a (readable )?safetensors|safetensors files", "not a safetensors file"),
     (r"is missing|missing keys|are no safetensors", "tensor or file missing"),
