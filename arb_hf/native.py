@@ -65,7 +65,11 @@ def usable(values: Tensor) -> bool:
 
 
 def call(name: str, *arguments: Tensor | int | None) -> None:
-    """Contiguous tensors go as pointers, None as null, ints as int64; a result other than 0 is a lack of memory."""
+    """Call a function of the library: contiguous tensors go as pointers, None as null, ints as int64.
+
+    Raises:
+        MemoryError: the function returned anything but 0.
+    """
     function = getattr(require(), name)
     function.restype = ctypes.c_int
     assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor)), name

@@ -15,7 +15,7 @@ from ..errors import ArbCalibrationError
 
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn
 NOT_FINITE = "the Hessian is not finite: calibration inputs hold NaN or infinite values"
-SMALLEST_RETRY = 0.01  # a damping of 0 can only be multiplied from here
+SMALLEST_RETRY = 0.01  # a damping of 0 starts the ladder here
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def saliency(values: Tensor, diagonal: Tensor, metric: str) -> Tensor:
 
 
 def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.device | None = None) -> HessianFactor:
-    """Dead columns, damping and the factor U of the inverse (GPTQ, arXiv 2210.17323, "Cholesky reformulation").
+    """Find dead columns, a damping that works and the factor U of the inverse (GPTQ, arXiv 2210.17323, "Cholesky reformulation").
 
     A Hessian that stays indefinite under ``damping`` climbs a ladder of stronger dampings; when none helps, the
     data-free fallback is the identity: every column counts alike and no error is carried on.

@@ -44,7 +44,7 @@ salient columns as the config says; no bit set past the last column; finite scal
 without a sign. Scales may have any sign, but a zero has one spelling, +0.0: the writer turns -0.0, to which a small
 negative scale rounds, into it, and a reader refuses it.
 
-**Format 2.** A checkpoint of version 1 loads for ever, with the same bits:
+**Format 2.** A checkpoint of version 1 loads forever, with the same bits:
 
 * Whatever changes these tensors, what their bits mean, or how the config says which form they have is a new version:
   ``FORMAT_VERSION`` goes up, and :func:`pack` writes the new one only.

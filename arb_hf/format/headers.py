@@ -1,4 +1,4 @@
-"""What the headers of a packed model's files say: tensors and true bits. No tensor is read."""
+"""Inspect a packed model's folder by its headers: files, tensors, true bits. No tensor is read."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def require_inside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     if not place.is_relative_to(root):
         raise ArbFormatError(f"{path} is outside the model's folder {folder}")
     if not target.is_relative_to(home) and not target.is_relative_to(blobs):
-        raise ArbFormatError(f"{place.name} links to {target}, outside the model's folder: put the file itself there")
+        raise ArbFormatError(f"{place.name} links to {target}, outside the model's folder; put the file itself there")
 
 
 def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def printable(text: str) -> str:
 
 
 def _product(shape: list[int]) -> int:
-    """Product of a shape's sizes, which must be counts."""
+    """Number of elements of a shape, whose sizes must be counts."""
     product = 1
     for size in shape:
         if type(size) is not int or not 0 <= size < 2**63:

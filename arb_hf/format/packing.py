@@ -25,7 +25,7 @@ def pack_bits(bits: Tensor) -> Tensor:
     words = -(-k // WORD)
     padded = torch.zeros(n, words * WORD, dtype=torch.bool, device=bits.device)
     padded[:, :k] = bits
-    # Halves of a word are sums of powers of two that float32 holds exactly, and a matrix product is the fast way there.
+    # Half a word is a sum of powers of two that float32 holds exactly; a matrix product is the fastest way to it.
     powers = 2.0 ** torch.arange(WORD // 2, dtype=torch.float32, device=bits.device)
     low, high = (padded.view(n, words, 2, WORD // 2).to(torch.float32) @ powers).to(torch.int32).unbind(-1)
     return (low | high << WORD // 2).T.contiguous()

@@ -13,7 +13,7 @@ from ..errors import ArbCalibrationError
 from .form import ABSMAX_DTYPE, SCALE_DTYPES, BinaryForm
 
 INT8_LEVELS = 127
-LOST = 1 / 16  # of the scales, in norm: rounding takes 0.2 % at most, so more is underflow
+LOST = 1 / 16  # fraction of the scales' norm: rounding takes 0.2 % at most, so more is underflow
 CURE = 'store them with scale_dtype="float32" or "bfloat16"'
 
 
@@ -83,7 +83,7 @@ class BinaryWeight:
         return dense
 
     def _ordinary_values(self, block: int, columns: slice) -> Tensor:
-        """As if every column were ordinary, without copying those that are: what salient ones get is no value."""
+        """Values as if all columns were ordinary; the caller overwrites the salient ones."""
         signs = self.signs[:, columns].to(torch.float32)
         everywhere = slice(None)
         values = [
@@ -141,7 +141,7 @@ class BinaryWeight:
         return replace(self, row_parameters=self.row_parameters * factor)
 
     def require_storable(self) -> None:
-        """Make sure that rounding to ``scale_dtype`` changes the scales in their last digits only.
+        """Check that rounding to ``scale_dtype`` changes only the last digits of the scales.
 
         Raises:
             ArbCalibrationError: scales that are not finite, or too large or too small for their type.
@@ -150,7 +150,7 @@ class BinaryWeight:
         parts: list[Tensor | None] = [self.row_parameters, self.column_scales, self.salient_column_scales]
         if not all(torch.isfinite(part).all() for part in parts if part is not None):
             raise ArbCalibrationError("its scales are not finite")
-        if name == "int8":  # codes fit always, the largest magnitudes that they count in are float16
+        if name == "int8":  # codes always fit; the magnitude that they are fractions of is float16
             dtype, parts = ABSMAX_DTYPE, [self.settled().row_parameters.abs().amax(-1)]
         else:
             dtype = SCALE_DTYPES[name]
@@ -159,12 +159,12 @@ class BinaryWeight:
             stored, largest = exact.to(dtype).to(exact.dtype), exact.abs().max()
             if not torch.isfinite(stored).all():
                 raise ArbCalibrationError(
-                    f"its scales reach {largest:.3g}, {name} ones end at {limits.max:.3g}; {CURE}"
+                    f"its scales reach {largest:.3g}, but {name} scales end at {limits.max:.3g}; {CURE}"
                 )
-            unit = largest.clamp(min=torch.finfo(exact.dtype).tiny)  # the squares of tiny scales are no floats
+            unit = largest.clamp(min=torch.finfo(exact.dtype).tiny)  # squares of tiny scales underflow
             if ((stored - exact) / unit).norm() > LOST * (exact / unit).norm():
                 raise ArbCalibrationError(
-                    f"its scales are at most {largest:.3g}, and the least {name} one is "
+                    f"its scales are at most {largest:.3g}, and the smallest {name} scale is "
                     f"{limits.smallest_normal * limits.eps:.3g}; {CURE}"
                 )
 
@@ -173,7 +173,7 @@ class BinaryWeight:
         return self.normalized() if self.form.scale_dtype == "int8" else self
 
     def normalized(self) -> BinaryWeight:
-        """The free factor between row and column scales settled: the largest ``|column scale|`` of each slot is 1.
+        """Settle the free factor between row and column scales: the largest ``|column scale|`` of each slot becomes 1.
 
         Eight-bit column scales need no stored step that way. Without column scales there is nothing to settle.
         """
@@ -184,8 +184,10 @@ class BinaryWeight:
         normal = replace(self, row_parameters=rows, column_scales=columns, salient_column_scales=extra)
         for block, span, salient_span in self.blocks():
             salient = self.salient[span]
+            # Ordinary columns: slot ``group`` of the row scales, row ``group`` of the column scales.
             for group in range(self.form.groups):
                 _settle(rows[block, group], columns[group, span], ~salient)
+            # Salient ones: two orders per group, whose column scales may lie in either tensor.
             for group in range(self.form.salient_groups):
                 for order in range(2):
                     row = rows[block, self.form.salient_scale_slot(group, order)]

@@ -18,9 +18,9 @@ def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], for
     The dense gradient is made a tile of rows at a time, and no boolean index is used: shapes follow from the form.
 
     Args:
-        gradient: of the outputs, ``[tokens, out_features]``.
-        x: ``[tokens, in_features]``.
-        tensors: packed, with floating-point scales.
+        gradient: gradient of the outputs, ``[tokens, out_features]``.
+        x: activations ``[tokens, in_features]``.
+        tensors: packed tensors with floating-point scales.
     """
     salient = unpack_mask(tensors["salient_columns"], form.in_features)
     order = stored_order(salient, form.block_size)
@@ -43,7 +43,7 @@ def scale_gradients(gradient: Tensor, x: Tensor, tensors: dict[str, Tensor], for
 class _Tile:
     """Some rows of a layer, columns first; adds their part to the gradients ``found``.
 
-    ``planes``, ``scales``: of these rows. ``salient``: bool ``[m]`` in stored order.
+    ``planes`` and ``scales`` are those of the rows; ``salient`` is bool ``[m]`` in stored order.
     """
 
     def __init__(

@@ -106,8 +106,8 @@ class BinaryExperts(nn.Module):
 
     Args:
         stacks: how ``fused`` stored them.
-        experts: as many as ``stacks.count``.
-        fused: the original module without its stacks; it keeps what else it needs: activation, limits, a norm.
+        experts: the experts in order, ``stacks.count`` of them.
+        fused: the original module without its stacks; it keeps the rest: activation, limits, a norm.
     """
 
     def __init__(self, stacks: Stacks, experts: list[Expert], fused: nn.Module) -> None:
@@ -220,7 +220,7 @@ def linear_from(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _gate(fused: nn.Module, stacks: Stacks) -> Callable[[Tensor], Tensor]:
-    """What an expert does between its projections, as transformers' own implementations of experts define it."""
+    """What an expert does between its projections, as transformers' own experts define it."""
     if stacks.up == "up_proj":
         return fused.act_fn  # type: ignore[return-value]
     if hasattr(fused, "_apply_gate"):

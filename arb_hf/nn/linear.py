@@ -22,7 +22,8 @@ class BinaryLinear(nn.Module):
     Args:
         form: shapes and options of the weight; the tensors are allocated, not filled.
         bias: whether there is a bias ``[out_features]``.
-        device, dtype: of the allocated tensors; ``dtype`` is the bias's.
+        device: where the tensors are allocated.
+        dtype: type of the bias.
 
     Attributes:
         in_features, out_features: as those of ``nn.Linear``.
@@ -62,7 +63,7 @@ class BinaryLinear(nn.Module):
 
     @property
     def packed(self) -> dict[str, Tensor]:
-        """The packed tensors by name, bias apart."""
+        """The packed tensors by name, without the bias."""
         self._take_back_casts()
         return {name: getattr(self, name) for name in self.form.tensors()}
 
@@ -79,7 +80,7 @@ class BinaryLinear(nn.Module):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BinaryLinear:
-        """Moves between devices, but no casts: ``model.to(torch.bfloat16)`` must not round stored scales once more."""
+        """Moves tensors between devices but casts none: ``model.to(torch.bfloat16)`` must not round stored scales again."""
         scales = {name: p for name, p in self._parameters.items() if name in self.form.tensors() and p is not None}
         scales = {name: p for name, p in scales.items() if p.is_floating_point()}
         for name, scale in scales.items():  # casts leave integers alone

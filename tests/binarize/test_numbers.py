@@ -90,7 +90,7 @@ def test_scales_are_stored_soundly_or_refused(method, dtype):
         except ArbCalibrationError as error:
             refused[exponent] = str(error)
     for exponent, message in refused.items():
-        assert ("and the least" if exponent < 0 else "ones end at 6.55e+04") in message
+        assert ("and the smallest" if exponent < 0 else "scales end at 6.55e+04") in message
         assert 'scale_dtype="float32" or "bfloat16"' in message
     assert max(stored.values()) < 1.2 * min(stored.values())
     if dtype in ("float16", "int8"):
@@ -103,7 +103,7 @@ def test_packing_refuses_what_it_cannot_store():
     weight, hessian = problem()
     binary = binarize_weight(weight * 1e10, hessian, options(scale_dtype="float16"))
     for store in (pack, BinaryLinear.from_binary_weight):
-        with pytest.raises(ArbCalibrationError, match=r"its scales reach .*, float16 ones end at 6.55e\+04"):
+        with pytest.raises(ArbCalibrationError, match=r"its scales reach .*, but float16 scales end at 6.55e\+04"):
             store(binary)
 
 

@@ -23,7 +23,7 @@ class CodedBlock:
     """One block: codes, and the scales that give them values.
 
     Attributes:
-        form: of the whole matrix; only the slots of row parameters are used.
+        form: form of the whole matrix; only its slots of row parameters are used.
         salient: bool ``[k]``.
         codes: uint8 ``[k, n]``, bits ``SECOND`` (salient columns), ``FIRST`` sign and ``GROUP``.
         rows: row parameters ``[slots, n]``.

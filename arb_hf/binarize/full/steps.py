@@ -58,7 +58,7 @@ def _salient_start(form: BinaryForm) -> tuple[float, ...]:
 
 
 def nearest_codes(block: CodedBlock, values: Tensor) -> CodedBlock:
-    """Every weight takes the code of the level nearest to it: lowers ``|V - Q|``."""
+    """Give every weight the code of the level nearest to it, which lowers ``|V - Q|``."""
     return _sweep(block, values.clone(), None, None)[0]
 
 
@@ -113,8 +113,9 @@ def fit_rows(block: CodedBlock, target: Tensor, hessian: Tensor | None) -> Coded
         hessian: ``[k, k]``, or None for the identity: plain weight error.
     """
     features = block.features()
-    weighted = features if hessian is None else hessian @ features
+    weighted = features if hessian is None else hessian @ features  # [slots, k, n]
     slots = range(len(features))
+    # One small system per row of the matrix: [n, slots, slots].
     normal = target.new_empty(target.shape[1], len(features), len(features))
     for s, t in itertools.combinations_with_replacement(slots, 2):
         normal[:, s, t] = normal[:, t, s] = (weighted[s] * features[t]).sum(0)
@@ -133,11 +134,13 @@ def fit_columns(block: CodedBlock, target: Tensor, hessian: Tensor | None) -> Co
     parts, column, slot_of = [], [], []
     for salient, where in ((False, ~block.salient), (True, block.salient)):
         codes, index = block.codes[where], where.nonzero()[:, 0]
+        # A feature is what one column scale multiplies, [n]: nonzero where the weight is in the scale's group.
         for slot, group, bit in block.slots(salient):
             parts.append(signs_of(codes, bit) * (codes // GROUP == group) * block.rows[slot])
             column.append(index)
             slot_of.append(torch.full_like(index, slot))
     features, columns, slots = torch.cat(parts), torch.cat(column), torch.cat(slot_of)
+    # Features of the same column or, under H, of coupled columns share an equation: [features, features].
     normal = features @ features.T
     if hessian is None:
         normal *= columns[:, None] == columns

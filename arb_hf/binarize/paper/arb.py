@@ -7,7 +7,7 @@ A weight is ``W_ij ~ a_i B_ij + m_i`` with signs B, a scale a and a mean m per r
     B_ij <- sign(W_ij - m_i)
 
 Second order, ``a_i B_ij + a'_i B'_ij + m_i``: m, then a for ``W - m - a' B'`` and a' for ``W - m - a B``, then
-``(B, B')`` nearest to ``W - m`` among the four signed sums. The C twin is ``arb_fit_arb`` in ``csrc/updates.c``.
+``(B, B')`` nearest to ``W - m`` among the four signed sums. The C twin is ``arb_fit_means`` in ``csrc/updates.c``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ A weight is ``W_ij ~ r_i s_j B_ij`` with signs B; sums run over the group's memb
 
 and B stays ``sign(W)``. Second order, ``r_i s_j B_ij + r'_i s'_j B'_ij``: the same for ``W - r' s'^T B'`` and for
 ``W - r s^T B`` in turn, then ``(B, B')`` nearest to W among the four signed sums. The C twin of the second order is
-``arb_fit_arb_rc`` in ``csrc/updates.c``.
+``arb_fit_scales`` in ``csrc/updates.c``.
 """
 
 from __future__ import annotations

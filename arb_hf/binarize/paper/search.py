@@ -17,7 +17,10 @@ from torch import Tensor
 from ... import native
 from . import compiled
 
-CPU_ELEMENTS, GPU_ELEMENTS = 1 << 18, 1 << 24  # of one intermediate tensor: what a core's cache, or a GPU, likes
+CPU_ELEMENTS, GPU_ELEMENTS = (
+    1 << 18,
+    1 << 24,
+)  # elements of one intermediate tensor: what suits a core's cache, or a GPU
 
 
 def salient_errors(ranked: Tensor, candidates: int) -> Tensor:
@@ -48,15 +51,18 @@ def _part_errors(rows: Tensor, parts: Tensor, residual: Tensor, work: Tensor, le
     ``residual``, ``work`` and ``level`` are room for ``[candidates, r, c]``.
     """
     members, count = parts.transpose(1, 2).contiguous(), parts.double().sum(2)[:, None]
+    # First round: the mean of both parts, of every candidate, from one prefix sum.
     prefix = rows.double().cumsum(1)
     inside = prefix[:, : len(parts)].t()
     mean = torch.stack([inside, prefix[:, -1] - inside], 2) / count
     torch.baddbmm(rows.expand_as(residual), mean.to(rows.dtype), parts, alpha=-1, out=residual)
+    # Its scale and signs; the mean of what it leaves; then the residual of the second round.
     scale = torch.abs(residual, out=work).bmm(members).double() / count
     signs = torch.sign(residual, out=work)
     second_mean = -scale * signs.bmm(members) / count
     residual.addcmul_(signs, torch.bmm(scale.to(rows.dtype), parts, out=level), value=-1)
     residual.baddbmm_(second_mean.to(rows.dtype), parts, alpha=-1)
+    # The second round's error needs no signs: energy less what its scale takes.
     energy = torch.mul(residual, residual, out=work).sum(2)
     deviation = torch.abs(residual, out=work).bmm(members).double()
     # The sign of 0 is 0. In a part of one or two columns every residual is 0, but there the scale is 0 too.
