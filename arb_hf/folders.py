@@ -72,7 +72,7 @@ def replaced(folder: str | os.PathLike, also: tuple[str, ...] = ()) -> Iterator[
     folder.mkdir(parents=True, exist_ok=True)
     for left in sorted(folder.glob(f"{UNFINISHED}*")):
         logger.warning("%s was left by a save that did not finish: delete it, unless one is under way", left)
-    staged = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))  # within: the same disk, whatever is mounted
+    staged = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))  # inside, so that it is on the same disk
     try:
         yield staged
     except BaseException:

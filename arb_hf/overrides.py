@@ -3,7 +3,7 @@
 A pattern is a glob over a module's full name (``*`` and ``?`` also match dots, ``[01]`` one of the characters). It
 covers the modules it matches and everything inside them: ``"model.layers.0"`` covers a whole decoder layer,
 ``"*.down_proj"`` every down projection. Of several patterns that cover a module the one with the most literal
-characters counts, whatever their order (``config.json`` does not keep it).
+characters counts, in any order (``config.json`` does not keep it).
 """
 
 from __future__ import annotations

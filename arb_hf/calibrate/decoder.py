@@ -138,7 +138,7 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, tuple[int, int], bool]]:
             yield from ((f"{number}.{name}", stacks.shape(name), True) for name in stacks.names)
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.numel() == parameter.shape[-1:].numel() or name in stacked or name.endswith("bias"):
-            continue  # a vector, whatever its shape
+            continue  # a vector, of any shape
         shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
         if name == "weight" and is_plain_linear(module):
             yield "", shape[::-1] if isinstance(module, Conv1D) else shape, True

@@ -25,7 +25,7 @@ ENOUGH_TOKENS = 4
 class Moment:
     """A sum of X^T X ``[in, in]``, of which only the upper triangle is kept up, and the tokens in it.
 
-    Each X^T X is float32, their sum float64: in whatever order the batches come, alone or from several processes, it
+    Each X^T X is float32, their sum float64: in any order of the batches, alone or from several processes, it
     is the same to the last bit of the float32 it ends as, but for one entry in many millions. Binarizing makes discrete
     choices that would turn the last bits into other partitions.
     """

@@ -86,7 +86,7 @@ def _binarize_groups(
 
 
 def _side_by_side(work: Callable[[InputGroup], Results], groups: list[InputGroup], threads: int) -> list[Results]:
-    """Run each group on one thread, whatever torch's setting: the last bits of sums depend on the number of threads."""
+    """Run each group on one thread, not on as many as torch is set to: the last bits of sums depend on the number of threads."""
     with ThreadPoolExecutor(min(threads, len(groups)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             return list(pool.map(work, groups))

@@ -1,6 +1,6 @@
 """Where weights are: mapped or offloaded until their decoder layer's turn, over the user's devices once packed.
 
-A model that is binarized on the fly is loaded to the CPU whatever ``device_map`` says: there its weights stay views of
+A model that is binarized on the fly is loaded to the CPU, not where ``device_map`` says: there its weights stay views of
 the memory-mapped checkpoint (as long as the dtype is the checkpoint's) and cost no memory of their own. What an
 explicit map sends to ``"disk"`` stays with accelerate until it is fetched, for loads that must convert weights. The map
 itself is used once the model is packed, for the packed sizes.

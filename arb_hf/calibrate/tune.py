@@ -31,7 +31,7 @@ SCALE_RATE, LATENT_RATE = 3e-3, 3e-2
 BETAS = (0.9, 0.95)
 DAMPING = 0.01  # of H, where latent weights start
 STEP_TOKENS = 2048  # about, over all processes
-HELD_OUT = 8  # one batch in so many is held out
+HELD_OUT = 8  # of this many batches one is held out
 CHECKS = 4  # times that the held-out loss is measured
 
 

@@ -9,7 +9,7 @@ static float quantize(const arb_section *section, int group, int scale_type, con
     const void *scales = section->scales[group];
     for (int i = section->zeroed; i < section->width; i++)
         values[i] = stored[section->position + i] * (scales ? arb_load(scales, i, scale_type) : 1.0f);
-    /* The unit is such that the largest sum of four, whatever the signs, fits a table entry. */
+    /* The unit is such that the largest sum of four, with any signs, fits a table entry. */
     for (int i = 0; i < SECTION; i += 4) {
         float four = fabsf(values[i]) + fabsf(values[i + 1]) + fabsf(values[i + 2]) + fabsf(values[i + 3]);
         largest = four > largest ? four : largest;

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..format import WORD
 from ..format.form import BinaryForm
 
-VECTOR_TOKENS = 4  # at most so many tokens go by the kernel without tensor cores
+VECTOR_TOKENS = 4  # up to this many tokens go through the kernel without tensor cores
 SPLITS = 8  # parts of the columns that the kernel for few tokens runs side by side
 
 # Triton's interpreter cannot time anything: it gets the first configuration.

@@ -26,7 +26,7 @@ BEGINNING: Start = (0, 0.0)
 class Rows(ABC):
     """Data as rows, each with its place in words for errors.
 
-    ``whole``: it is read whole whatever its size, because published figures rest on it. ``seekable``: rows can be read
+    ``whole``: it is read whole at any size, because published figures rest on it. ``seekable``: rows can be read
     from any of them on.
     """
 

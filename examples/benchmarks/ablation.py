@@ -77,7 +77,7 @@ VARIANTS: dict[str, Steps] = {
 
 @contextlib.contextmanager
 def taking(steps: Steps) -> Iterator[None]:
-    """Within, ``refinement="full"`` takes these steps only; a sweep is one step, whatever it is made of."""
+    """Within, ``refinement="full"`` takes these steps only; a sweep is one step."""
     sweeping = threading.local()  # matrices may be binarized side by side
 
     def sweep(*arguments: Any, whole: Callable = driver._descend, **options: Any) -> list[CodedBlock]:
