@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _KINDS = (Tensor, nn.Parameter)  # no subclass: it may define what an operator does
+# Bound here, because a call of a small layer takes 10 us and looks up each of them.
 _included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
-_keys = torch._C._dispatch_keys
+_keys, _in_inference_mode = torch._C._dispatch_keys, torch.is_inference_mode_enabled
+_functions, _profiled = torch._C._len_torch_function_stack, torch._C._autograd._profiler_enabled
+_is_compiling = torch.compiler.is_compiling
 
 
 def _observe(found: list[tuple]) -> None:
@@ -35,27 +38,18 @@ def _plain_keys() -> list[tuple]:
     return found
 
 
-_STATES = _plain_keys()
-(_INCLUDED, _EXCLUDED, _PLAIN), (_INFERENCE_INCLUDED, _INFERENCE_EXCLUDED, _INFERENCE) = _STATES
+(_INCLUDED, _EXCLUDED, _PLAIN), (_INFERENCE_INCLUDED, _INFERENCE_EXCLUDED, _INFERENCE) = _plain_keys()
 
 
 def is_plain_call(x: Tensor) -> bool:
     """Whether the thread is in a plain state and ``x`` is a plain tensor on the CPU. Gradients are another question."""
-    if torch.compiler.is_compiling():  # first: Dynamo follows this function
+    if _is_compiling() or type(x) is not Tensor:  # first: Dynamo follows this function
         return False
-    included, excluded = _included(), _excluded()
-    return (
-        type(x) is Tensor
-        and ((included == _INCLUDED and excluded == _EXCLUDED) or _in_inference_mode(included, excluded))
-        and _has_plain_keys(x)
-        and not torch._C._len_torch_function_stack()
-        and forward_ad._current_level < 0
-        and not torch._C._autograd._profiler_enabled()
-    )
-
-
-def _in_inference_mode(included: torch._C.DispatchKeySet, excluded: torch._C.DispatchKeySet) -> bool:
-    return included == _INFERENCE_INCLUDED and excluded == _INFERENCE_EXCLUDED
+    if _in_inference_mode():
+        state = _included() == _INFERENCE_INCLUDED and _excluded() == _INFERENCE_EXCLUDED
+    else:
+        state = _included() == _INCLUDED and _excluded() == _EXCLUDED
+    return state and _has_plain_keys(x) and not _functions() and forward_ad._current_level < 0 and not _profiled()
 
 
 def _has_plain_keys(tensor: Tensor) -> bool:
