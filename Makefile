@@ -27,8 +27,11 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# Processes that share the tests, a file at a time, since the fixtures of a module are dear. Each has one thread.
+WORKERS ?= 2
+
 tests: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Damaged checkpoints for SECONDS; the C code under AddressSanitizer for as long. Not part of `make test`.
 SECONDS ?= 300

@@ -7,3 +7,5 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: a thread each, also for the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
