@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .binarize.methods import METHODS
-from .binarize.options import REFINEMENTS, SALIENT_METRICS, BinarizeOptions
+from .binarize.options import REFINEMENTS, SALIENT_METRICS, SCALE_DTYPE, BinarizeOptions
 from .errors import ArbFormatError
 from .format import FORMAT_VERSION, WORD
 from .format.form import SCALE_DTYPES, BinaryForm
@@ -41,8 +41,14 @@ IDLE_BESIDE = (
     ("iterations", "method", "billm"),
     ("column_group_bitmap", "group_bitmap", False),
 )
-# Steps of tuning by default, for each refinement.
-TUNE_STEPS = {"paper": 0, "full": 32}
+# Options whose default, written None, depends on the refinement.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "tune_steps": {"full": 32, "paper": 0},
+    "scale_dtype": SCALE_DTYPE,
+}
+# What options that are absent mean in a config stored by version 0.1, whose default was the published algorithm. It
+# stored all options, so that only a file changed by hand lacks any.
+FORMER_DEFAULTS = {"refinement": "paper", "scale_dtype": "float16"}
 
 
 class ArbConfig(QuantizationConfigMixin):
@@ -60,11 +66,11 @@ class ArbConfig(QuantizationConfigMixin):
         max_salient_columns: exclusive limit of salient columns per block; with ``refinement="full"``, which chooses
             them over the whole matrix, the highest average per block.
         damping: fraction of the mean of H's diagonal that is added to it.
-        refinement: ``"paper"``: the published algorithm; ``"full"``: better at the same bits, see README. ``"full"``
-            takes from ``method`` only what is stored, row and column scales or row scales and means: ``"arb-x"``,
-            ``"arb"`` and ``"billm"`` then do the same.
-        tune_steps: gradient steps that tune each decoder layer after it is binarized, 0 for none. Needs
-            ``refinement="full"``, whose default is 32; ``"paper"`` is never tuned. Layers with experts are left out.
+        refinement: ``"full"``: everything that helps at the same bits, see README; ``"paper"``: the published algorithm,
+            exact, with the published storage. ``"full"`` takes from ``method`` only what is stored, row and column
+            scales or row scales and means: ``"arb-x"``, ``"arb"`` and ``"billm"`` then do the same.
+        tune_steps: gradient steps that tune each decoder layer after it is binarized, 0 for none. None: what belongs to
+            the refinement; ``"paper"`` is never tuned. Layers with experts are left out.
         dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``) or a path (.txt, .raw, .jsonl,
             .parquet, the first three also as .gz); in Python also a list of strings, chats, token ids or
             ``{"input_ids", "attention_mask"}``, a ``datasets.Dataset``, or a stream of such rows. Of text longer than
@@ -79,11 +85,13 @@ class ArbConfig(QuantizationConfigMixin):
             embeddings): full names, or their last parts. A name that matches no module is refused.
         overrides: options of single modules, ``{pattern: {"block_size": 64, ...}}``, or ``{pattern: None}`` (``null``
             in JSON) to keep them in full precision. The options from ``method`` to ``refinement`` above are allowed,
-            and ``scale_dtype``. A pattern is a glob over full module names that covers what it matches and all inside
-            it; of several, the one with the most literal characters counts (:mod:`arb_hf.overrides`).
+            and ``scale_dtype``; with ``refinement`` comes its default for ``scale_dtype``. A pattern is a glob over
+            full module names that covers what it matches and all inside it; of several, the one with the most literal
+            characters counts (:mod:`arb_hf.overrides`).
         minimum_coverage: smallest share of the decoder layers' matrix weights, not counting those kept on request, that
             must be binarized; where less can be, the run stops before calibration. 0 accepts any share.
         scale_dtype: type in which scales and means are stored: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
+            None: what belongs to the refinement.
         checkpoint_dir: folder in which finished decoder layers are kept, to resume from after a crash.
         format_version: version of the packed format; set by the package.
         modules: what was binarized and how; set by a run, read when a packed model is loaded.
@@ -114,7 +122,7 @@ class ArbConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         minimum_coverage: float = 0.9,
-        scale_dtype: str = BinarizeOptions.scale_dtype,
+        scale_dtype: str | None = None,
         checkpoint_dir: str | os.PathLike | None = None,
         format_version: int = FORMAT_VERSION,
         modules: dict[str, dict[str, Any]] | None = None,
@@ -140,7 +148,7 @@ class ArbConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.overrides = overrides
         self.minimum_coverage = minimum_coverage
-        self.scale_dtype = scale_dtype
+        self.scale_dtype: str = scale_dtype  # type: ignore[assignment]
         self.checkpoint_dir = None if checkpoint_dir is None else os.fspath(checkpoint_dir)
         self.format_version = format_version
         self.modules = modules
@@ -156,6 +164,10 @@ class ArbConfig(QuantizationConfigMixin):
 
     def _validate(self) -> None:
         self._one_of("quant_method", (QUANT_METHOD,))
+        self._one_of("refinement", REFINEMENTS)
+        for option, by_refinement in DEFAULTS.items():
+            if getattr(self, option) is None:
+                setattr(self, option, by_refinement[self.refinement])
         for option, allowed in CHOICES.items():
             self._one_of(option, allowed)
         self._integer("block_size", WORD, MAX_BLOCK_SIZE)
@@ -166,8 +178,6 @@ class ArbConfig(QuantizationConfigMixin):
         self._integer("iterations", 1, 10_000)
         self._integer("max_salient_columns", 1, MAX_BLOCK_SIZE)
         self._number("damping")
-        if self.tune_steps is None:
-            self.tune_steps = TUNE_STEPS[self.refinement]
         self._integer("tune_steps", 0, 1_000_000)
         if self.tune_steps and self.refinement == "paper":
             self._refuse("tune_steps", '0 or None: refinement="paper" is the published algorithm; choose "full"')
@@ -188,7 +198,7 @@ class ArbConfig(QuantizationConfigMixin):
             self._validate_modules()
 
     def _warn_of_idle_options(self) -> None:
-        """Warn of options that were set and have no effect beside the others."""
+        """Warn of options that were set and have no effect beside the others, nor in an override."""
         common = {name: getattr(self, name) for name in PER_MODULE}
         chosen = {name: value for name, value in common.items() if value != getattr(BinarizeOptions, name)}
         overrides = (self.overrides or {}).items()
@@ -198,7 +208,8 @@ class ArbConfig(QuantizationConfigMixin):
         ]:
             beside = common | own
             for option, other, value in IDLE_BESIDE:
-                if own.get(option) and beside[other] == value:
+                elsewhere = not where and any((each or {}).get(other, value) != value for _, each in overrides)
+                if own.get(option) and beside[other] == value and not elsewhere:
                     shown = f'"{value}"' if isinstance(value, str) else value
                     warnings.warn(f"ArbConfig: {option}{where} has no effect with {other}={shown}", stacklevel=3)
 
@@ -234,6 +245,9 @@ class ArbConfig(QuantizationConfigMixin):
         unknown = sorted(str(key) for key in options if key not in allowed)
         if unknown:
             raise ValueError(f"ArbConfig: {where} has {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        unset = [key for key, value in options.items() if value is None]
+        if unset:
+            raise ValueError(f"ArbConfig: {where} has {unset[0]}=None; leave out what is not to be changed")
         try:
             ArbConfig(**options, modules={})  # which are no choice, so that idle options are told of once
         except ValueError as error:
@@ -270,7 +284,10 @@ class ArbConfig(QuantizationConfigMixin):
         pattern = None if name is None or not self.overrides else select(self.overrides, name)
         if pattern is None:
             return common
-        own = dataclasses.replace(common, **(self.overrides or {})[pattern] or {})
+        chosen = dict((self.overrides or {})[pattern] or {})
+        if "refinement" in chosen:
+            chosen.setdefault("scale_dtype", SCALE_DTYPE[chosen["refinement"]])
+        own = dataclasses.replace(common, **chosen)
         return dataclasses.replace(own, column_group_bitmap=own.column_group_bitmap and own.group_bitmap)
 
     def keeps(self, name: str) -> str | None:
@@ -294,7 +311,7 @@ class ArbConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Make a config from what :meth:`to_dict` gave, or from an untrusted ``config.json``; options of a newer version are
-        left out.
+        left out, and those that a stored config lacks mean what they did in version 0.1.
 
         Raises:
             ArbFormatError: it lacks what a config has, or an option has a value that is not allowed.
@@ -312,6 +329,10 @@ class ArbConfig(QuantizationConfigMixin):
             config_dict = {
                 name: value for name, value in config_dict.items() if name in known or name == "quant_method"
             }
+        if config_dict.get("modules") is not None or version == 1:
+            config_dict = FORMER_DEFAULTS | config_dict
+            if config_dict["scale_dtype"] is None:
+                raise ArbFormatError(f"config.json: scale_dtype is null; allowed: {', '.join(SCALE_DTYPES)}")
         try:
             return super().from_dict(config_dict, *args, **kwargs)
         except (ValueError, TypeError) as error:

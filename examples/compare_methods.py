@@ -1,4 +1,4 @@
-"""Binarize one model by every method with the same data and compare true bits, output error and perplexity.
+"""Binarize one model by every published method with the same data and compare true bits, output error and perplexity.
 
 python examples/compare_methods.py HuggingFaceTB/SmolLM2-135M-Instruct --plot methods.png
 """
@@ -48,7 +48,11 @@ def main() -> None:
     reports = {}
     for form in arguments.forms:
         config = ArbConfig(
-            dataset=arguments.calibration, num_samples=samples, sequence_length=arguments.length, **FORMS[form]
+            refinement="paper",
+            dataset=arguments.calibration,
+            num_samples=samples,
+            sequence_length=arguments.length,
+            **FORMS[form],
         )
         model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config, dtype=torch.float32)
         reports[form] = model.arb_report

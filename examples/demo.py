@@ -87,8 +87,6 @@ def main() -> None:
     print("Binarizing: one to two minutes on two idle cores ...", flush=True)
     start = time.perf_counter()
     config = ArbConfig(
-        refinement="full",
-        scale_dtype="int8",
         tune_steps=0,  # tuning would take minutes more, and give a better model
         dataset=str(HERE / "data" / "wikitext2.calibration.raw"),
         num_samples=samples,

@@ -41,8 +41,8 @@ from protocol import (
 
 GROUP = 128
 PAPER = {"refinement": "paper"}
-FULL = {"refinement": "full", "scale_dtype": "int8", "tune_steps": 0}
-TUNED = FULL | {"tune_steps": None}
+FULL = {"tune_steps": 0}
+TUNED: dict[str, Any] = {}
 ONE_GROUP = {"group_bitmap": False, "column_group_bitmap": False}
 NO_CGB = {"column_group_bitmap": False}
 BINARY: dict[str, tuple[str, dict[str, Any]]] = {

@@ -41,8 +41,6 @@ def main() -> None:
     before = perplexity(AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto"), windows)
 
     config = ArbConfig(
-        refinement="full",
-        scale_dtype="int8",
         tune_steps=arguments.tune_steps,
         dataset=arguments.calibration,
         num_samples=samples,

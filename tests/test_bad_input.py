@@ -44,6 +44,7 @@ class Place:
         """A run that must be over before the first forward pass, if it ends with an error."""
         chosen = {
             "dataset": token_samples(length=32),
+            "refinement": "paper",
             "iterations": 1,
             "num_samples": 4,
             "sequence_length": 32,

@@ -7,7 +7,8 @@ import re
 import pytest
 from datasets import Dataset
 
-from arb_hf import ArbConfig
+from arb_hf import ArbConfig, ArbFormatError
+from arb_hf.binarize import BinarizeOptions
 from helpers.models import word_tokenizer
 
 WRONG = {
@@ -20,12 +21,12 @@ WRONG = {
     "max_salient_columns": [0, -1],
     "damping": [-0.1, float("nan"), float("inf"), "0.01", True],
     "refinement": ["fuller", ["full"]],
-    "tune_steps": [-1, 0.5, "8", 3],  # the last because refinement is "paper"
+    "tune_steps": [-1, 0.5, "8"],
     "num_samples": [0],
     "sequence_length": [0, 2.0],
     "batch_size": [0],
     "seed": [-1, 0.5, 2**63],
-    "scale_dtype": ["float8", None],
+    "scale_dtype": ["float8", 8],
     "tokenizer": [3, [], {}],
     "modules_to_not_convert": ["lm_head", [1]],
     "format_version": [0, "1"],
@@ -48,8 +49,40 @@ def test_defaults_are_the_contract():
     config = ArbConfig()
     assert (config.method, config.block_size, config.iterations, config.damping) == ("arb-rc", 128, 15, 0.01)
     assert (config.num_samples, config.sequence_length, config.batch_size, config.seed) == (128, 2048, 1, 0)
-    assert (config.dataset, config.scale_dtype, config.refinement) == ("c4", "float16", "paper")
+    assert (config.dataset, config.refinement, config.scale_dtype, config.tune_steps) == ("c4", "full", "int8", 32)
     assert config.quant_method == "arb_hf"
+
+
+def test_what_belongs_to_a_refinement_comes_with_it():
+    paper = ArbConfig(refinement="paper")
+    assert (paper.scale_dtype, paper.tune_steps, paper.options().scale_dtype) == ("float16", 0, "float16")
+    assert ArbConfig().options() == BinarizeOptions() == BinarizeOptions(refinement="full", scale_dtype="int8")
+    assert (
+        ArbConfig(scale_dtype="float32", tune_steps=3).to_dict().items()
+        >= {"scale_dtype": "float32", "tune_steps": 3}.items()
+    )
+
+
+# Defaults of version 0.1, which a stored config without these options was written under.
+STORED = {"modules": {"a": {"salient_columns": 3}}, "format_version": 1}
+
+
+@pytest.mark.parametrize("stored", [STORED, {"modules": STORED["modules"]}, {"format_version": 1}])
+def test_a_stored_config_without_the_options_means_the_former_defaults(stored):
+    config = ArbConfig.from_dict(stored)
+    assert (config.refinement, config.scale_dtype, config.tune_steps) == ("paper", "float16", 0)
+    full = ArbConfig.from_dict(stored | {"refinement": "full"})
+    assert (full.scale_dtype, full.tune_steps) == ("float16", 32)
+    assert ArbConfig.from_dict(stored | {"scale_dtype": "int8"}).refinement == "paper"
+    with pytest.raises(ArbFormatError, match="scale_dtype"):
+        ArbConfig.from_dict(stored | {"scale_dtype": None})
+
+
+def test_options_that_were_never_stored_have_todays_defaults():
+    assert (
+        ArbConfig.from_dict({"quant_method": "arb_hf", "block_size": 64}).to_dict()
+        == ArbConfig(block_size=64).to_dict()
+    )
 
 
 def test_one_group_means_no_column_groups_either():
@@ -103,9 +136,12 @@ def test_options_of_a_newer_version_warn():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"refinement": "full", "iterations": 3}, 'iterations has no effect with refinement="full"'),
-        ({"method": "billm", "iterations": 3}, 'iterations has no effect with method="billm"'),
-        ({"overrides": {"a": {"method": "billm", "iterations": 3}}}, r"iterations in overrides\['a'\] has no effect"),
+        ({"iterations": 3}, 'iterations has no effect with refinement="full"'),
+        ({"refinement": "paper", "method": "billm", "iterations": 3}, 'iterations has no effect with method="billm"'),
+        (
+            {"refinement": "paper", "overrides": {"a": {"method": "billm", "iterations": 3}}},
+            r"iterations in overrides\['a'\] has no effect",
+        ),
         (
             {"group_bitmap": False, "overrides": {"a": {"column_group_bitmap": True}}},
             r"column_group_bitmap in overrides\['a'\] has no effect with group_bitmap=False",
@@ -117,3 +153,7 @@ def test_options_without_effect_are_told_of_once(options, message):
         ArbConfig(**options)
     assert len(told) == 1
     assert told[0].filename == __file__
+
+
+def test_an_option_that_some_module_needs_is_not_idle():
+    ArbConfig(iterations=3, overrides={"*.q_proj": {"refinement": "paper"}})

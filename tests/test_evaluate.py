@@ -28,7 +28,7 @@ ITEMS = [
 def packed(tmp_path_factory):
     """Folder of a packed model with a byte-level tokenizer."""
     folder = save_byte_model(tmp_path_factory.mktemp("evaluate") / "dense")
-    config = arb_hf.ArbConfig(dataset=byte_tokens(), block_size=32, iterations=2)
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), block_size=32, refinement="paper", iterations=2)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     arb_hf.save_pretrained(model, byte_tokenizer(), folder.parent / "packed")
     return folder.parent / "packed"

@@ -103,7 +103,7 @@ def test_pareto(benchmark, capsys):
 
 
 def test_protocol(benchmark):
-    printed = benchmark("benchmarks/protocol", "--quick", "--refinement", "full", "--option", 'scale_dtype="int8"')
+    printed = benchmark("benchmarks/protocol", "--quick", "--refinement", "full", "--option", "tune_steps=2")
     assert [line.split()[0] for line in printed.splitlines()] == ["full", "method=arb-rc"]
 
 

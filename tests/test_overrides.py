@@ -12,7 +12,7 @@ from arb_hf.overrides import covers, select
 from helpers.models import token_samples
 from helpers.process import fresh_process
 
-FAST = {"dataset": token_samples(4, 32), "iterations": 2, "block_size": 64}
+FAST = {"dataset": token_samples(4, 32), "refinement": "paper", "iterations": 2, "block_size": 64}
 
 
 def binarize(folder, **options):
@@ -67,6 +67,7 @@ def test_a_tie_between_different_options_is_refused():
         ({"*": {"dataset": "c4"}}, "has dataset"),
         ({"*": {"block_size": 100}}, r"block_size=100 is not allowed.*\(in overrides\['\*'\]\)"),
         ({"*": {"method": None}}, "method=None"),
+        ({"*": {"scale_dtype": None}}, "scale_dtype=None"),
     ],
 )
 def test_wrong_overrides_are_refused_when_the_config_is_made(overrides, message):
@@ -75,7 +76,13 @@ def test_wrong_overrides_are_refused_when_the_config_is_made(overrides, message)
 
 
 @pytest.mark.parametrize(
-    "entry", [{"salient_columns": 1, "iterations": 3}, {"salient_columns": 1, "block_size": -1}, {"block_size": 64}]
+    "entry",
+    [
+        {"salient_columns": 1, "iterations": 3},
+        {"salient_columns": 1, "block_size": -1},
+        {"salient_columns": 1, "scale_dtype": None},
+        {"block_size": 64},
+    ],
 )
 def test_hostile_module_entries_are_refused(entry):
     with pytest.raises(ValueError, match="modules"):
@@ -91,6 +98,17 @@ def test_options_of_a_module():
     one_group = {"group_bitmap": False, "column_group_bitmap": False}
     assert config.module_entry("x.up_proj", 5) == {"salient_columns": 5} | one_group
     assert config.module_entry("x.down_proj", 5) == {"salient_columns": 5}
+
+
+def test_a_refinement_of_a_modules_own_brings_its_scale_type_along():
+    own = {
+        "a": {"refinement": "paper"},
+        "b": {"refinement": "paper", "scale_dtype": "float32"},
+        "c": {"block_size": 64},
+    }
+    config = ArbConfig(scale_dtype="bfloat16", overrides=own)
+    assert [config.options(name).scale_dtype for name in "abcd"] == ["float16", "float32", "bfloat16", "bfloat16"]
+    assert config.module_entry("a", 5) == {"salient_columns": 5, "scale_dtype": "float16"}
 
 
 OVERRIDES = {

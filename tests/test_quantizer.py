@@ -18,7 +18,9 @@ IDS = token_samples(1, 20, seed=9)[0][None]
 
 
 def config(**options) -> ArbConfig:
-    return ArbConfig(**({"dataset": token_samples(), "iterations": 3, "batch_size": 4} | options))
+    return ArbConfig(
+        **({"dataset": token_samples(), "refinement": "paper", "iterations": 3, "batch_size": 4} | options)
+    )
 
 
 def binarize(folder, dtype=torch.float32, **options):

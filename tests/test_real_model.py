@@ -36,8 +36,6 @@ def test_binarize_save_and_load_in_a_fresh_process(smollm2, tmp_path, dtype, tun
         num_samples=8,
         sequence_length=128,
         batch_size=4,
-        refinement="full",
-        scale_dtype="int8",
         tune_steps=tune_steps,
         modules_to_not_convert=[f"model.layers.{index}" for index in range(3, 30)],
     )

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("exact_kernel")
 
 
 def random_layer(method, scale_dtype):
-    options = arb_hf.ArbConfig(method=method, scale_dtype=scale_dtype, block_size=32, iterations=2).options()
+    options = arb_hf.ArbConfig(
+        method=method, scale_dtype=scale_dtype, block_size=32, refinement="paper", iterations=2
+    ).options()
     weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     return arb_hf.nn.BinaryLinear.from_binary_weight(arb_hf.binarize_weight(weight, None, options))
 

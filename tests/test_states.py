@@ -152,7 +152,7 @@ def test_loading_where_nothing_has_values_is_refused(packed: Path) -> None:
 
 def test_tuning_without_gradients_is_refused(tmp_path: Path) -> None:
     dense = save_byte_model(tmp_path, num_hidden_layers=1)
-    options = {"dataset": byte_tokens(), "num_samples": 4, "block_size": 32, "refinement": "full"}
+    options = {"dataset": byte_tokens(), "num_samples": 4, "block_size": 32}
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match="tuning needs gradients"):
             AutoModelForCausalLM.from_pretrained(dense, quantization_config=arb_hf.ArbConfig(**options))

@@ -9,12 +9,17 @@ from ..format.form import BinaryForm
 from .methods import METHODS
 
 SALIENT_METRICS = ("hessian", "magnitude")
-REFINEMENTS = ("paper", "full")
+REFINEMENTS = ("full", "paper")
+# Type of the stored scales of each refinement, where none is chosen.
+SCALE_DTYPE = {"full": "int8", "paper": "float16"}
 
 
 @dataclass(frozen=True)
 class BinarizeOptions:
-    """How one weight matrix is binarized. Checked by :class:`arb_hf.ArbConfig`, which documents each field."""
+    """How one weight matrix is binarized. Checked by :class:`arb_hf.ArbConfig`, which documents each field.
+
+    ``scale_dtype=None`` becomes the type that belongs to the refinement.
+    """
 
     method: str = "arb-rc"
     block_size: int = 128
@@ -24,8 +29,12 @@ class BinarizeOptions:
     salient_metric: str = "hessian"
     max_salient_columns: int = 50
     damping: float = 0.01
-    refinement: str = "paper"
-    scale_dtype: str = "float16"
+    refinement: str = "full"
+    scale_dtype: str = None  # type: ignore[assignment]  # always set once made
+
+    def __post_init__(self) -> None:
+        if self.scale_dtype is None:
+            object.__setattr__(self, "scale_dtype", SCALE_DTYPE[self.refinement])
 
     @classmethod
     def of(cls, config: Any) -> BinarizeOptions:

@@ -211,7 +211,7 @@ COMMANDS: dict[str, tuple[str, str, Add]] = {
         "make a model binary, and write it with its record and model card",
         "  arb-hf quantize HuggingFaceTB/SmolLM2-135M-Instruct ./smol-arb\n"
         "  arb-hf quantize ./model ./model-arb --dataset my_text.jsonl --num-samples 64 --evaluate wikitext2\n"
-        "  arb-hf quantize ./model ./model-arb --dataset my_text.jsonl --refinement full --scale-dtype int8\n"
+        "  arb-hf quantize ./model ./model-arb-paper --dataset my_text.jsonl --refinement paper\n"
         "  arb-hf quantize ./model ./model-arb --dataset my_text.jsonl \\\n"
         '      --overrides \'{"model.layers.0": null, "*.down_proj": {"block_size": 64}}\'\n'
         "  accelerate launch -m arb_hf quantize ./model ./model-arb --checkpoint-dir ./resume",
@@ -258,14 +258,21 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     for name, parameter in inspect.signature(config).parameters.items():
         if name in NOT_OPTIONS:
             continue
-        default = "" if parameter.default is None else f" (default: {parameter.default})"
         group.add_argument(
             "--" + name.replace("_", "-"),
             dest=f"config.{name}",
             default=argparse.SUPPRESS,
-            help=(words.get(name, "") + default).replace("%", "%%"),
+            help=(words.get(name, "") + _default(module, parameter)).replace("%", "%%"),
             **{**_reading(str(parameter.annotation)), **_values(module, name)},
         )
+
+
+def _default(module: Any, parameter: inspect.Parameter) -> str:
+    """What ``--help`` says of an option's default; it may depend on the refinement."""
+    dependent = module.DEFAULTS.get(parameter.name)
+    if dependent:
+        return f" (default: {', '.join(f'{value} with refinement={name}' for name, value in dependent.items())})"
+    return "" if parameter.default is None else f" (default: {parameter.default})"
 
 
 def _values(module: Any, name: str) -> dict[str, str]:

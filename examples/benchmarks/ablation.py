@@ -142,7 +142,7 @@ def perplexities(arguments: argparse.Namespace, names: list[str]) -> None:
         steps = VARIANTS.get(name)
         options: dict[str, Any] = {"refinement": "paper"}
         if steps is not None:
-            options = {"refinement": "full", "scale_dtype": steps.scale_dtype, "tune_steps": 0}
+            options = {"scale_dtype": steps.scale_dtype, "tune_steps": 0}
         with contextlib.nullcontext() if steps is None else taking(steps):
             model, seconds = binarize(arguments.model, windows, 0, options, torch.float32)
         value = perplexity(model, text, sequence_length=LENGTH, max_windows=arguments.eval_windows)
@@ -173,7 +173,7 @@ def main() -> None:
     for name in arguments.variants:
         steps = VARIANTS.get(name)
         options = (
-            BinarizeOptions() if steps is None else BinarizeOptions(refinement="full", scale_dtype=steps.scale_dtype)
+            BinarizeOptions(refinement="paper") if steps is None else BinarizeOptions(scale_dtype=steps.scale_dtype)
         )
         begin = time.process_time()
         with torch.no_grad(), contextlib.nullcontext() if steps is None else taking(steps):

@@ -116,7 +116,7 @@ def methods(rows: int, columns: int) -> dict[str, Stage]:
     factor = factorize(hessian, columns, 0.01)
 
     def one(method: str, column_groups: bool) -> Stage:
-        options = BinarizeOptions(method=method, column_group_bitmap=column_groups)
+        options = BinarizeOptions(method=method, column_group_bitmap=column_groups, refinement="paper")
         return versions(
             lambda: published.binarize(weight, hessian, factor.upper, method, column_groups),
             lambda: solve(weight, hessian, factor, options),
@@ -144,7 +144,7 @@ from arb_hf.binarize import BinarizeOptions, binarize_weight
 torch.set_num_threads(1)
 def memory(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
-options = BinarizeOptions(method="arb-x", column_group_bitmap=False)
+options = BinarizeOptions(method="arb-x", column_group_bitmap=False, refinement="paper")
 small = torch.randn(64, 64)
 binarize_weight(small, small.T @ small, options)
 before = memory("VmRSS")

@@ -236,6 +236,7 @@ def binarize(family: str, dense: Path, packed: Path) -> PreTrainedModel:
     tiny_model(family).save_pretrained(dense)
     config = ArbConfig(
         dataset=tokens(6, 24),
+        refinement="paper",
         iterations=1,
         block_size=64,
         max_salient_columns=4,

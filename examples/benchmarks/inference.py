@@ -241,7 +241,7 @@ def generate(model):
 with tempfile.TemporaryDirectory() as tiny:
     sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tiny + "/dense")
-    config = ArbConfig(dataset=ids, iterations=1)
+    config = ArbConfig(dataset=ids, refinement="paper", iterations=1)
     AutoModelForCausalLM.from_pretrained(tiny + "/dense", quantization_config=config).save_pretrained(tiny + "/packed")
     generate(AutoModelForCausalLM.from_pretrained(tiny + "/packed", dtype=torch.bfloat16))
 start = resident()

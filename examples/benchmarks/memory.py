@@ -163,9 +163,9 @@ def main() -> None:
     if options.child:
         folder, made = options.child
         return binarize(folder, json.loads(made))
-    made = {"iterations": options.iterations}
+    made = {"refinement": "paper", "iterations": options.iterations}
     if options.tune_steps is not None:
-        made |= {"refinement": "full", "tune_steps": options.tune_steps}
+        made = {"tune_steps": options.tune_steps}
     if options.quick:
         options.depths, options.hidden = [2, 4, 8], 256
     print(

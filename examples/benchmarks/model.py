@@ -96,7 +96,7 @@ def main() -> None:
         method=arguments.method,
         refinement=arguments.refinement,
         tune_steps=arguments.tune_steps,
-        iterations=1 if arguments.quick else 15,
+        iterations=1 if arguments.quick and arguments.refinement == "paper" else 15,
         dataset=windows,
         num_samples=len(windows),
         sequence_length=LENGTH,

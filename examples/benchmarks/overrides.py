@@ -53,7 +53,7 @@ def main() -> None:
         start, config = time.perf_counter(), None
         if overrides is not None:
             data = {"dataset": arguments.calibrate, "num_samples": samples, "sequence_length": length}
-            config = ArbConfig(**data, iterations=iterations, overrides=overrides)
+            config = ArbConfig(**data, refinement="paper", iterations=iterations, overrides=overrides)
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=torch.float32, **({} if config is None else {"quantization_config": config})
         )

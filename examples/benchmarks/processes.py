@@ -34,7 +34,7 @@ def child(folder: str, samples: int, iterations: int) -> None:
 
     torch.set_num_threads(1)
     tokens = torch.randint(0, 4096, (samples, 256), generator=torch.Generator().manual_seed(0))
-    config = ArbConfig(dataset=tokens, iterations=iterations)
+    config = ArbConfig(dataset=tokens, refinement="paper", iterations=iterations)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wall, cpu = time.perf_counter(), time.process_time()
     report = binarize_model(model, config, ["lm_head"])

@@ -1,4 +1,6 @@
-"""Edges of the mathematics: every shape, degenerate weights and Hessians, what is refused."""
+"""Edges of the published mathematics: every shape, degenerate weights and Hessians, what is refused."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from arb_hf.binarize import BinarizeOptions, binarize_and_record
 from arb_hf.binarize.hessian import factorize
 
 METHODS = ["arb-rc", "arb-x", "arb", "billm"]
+published = partial(BinarizeOptions, refinement="paper")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,9 +31,7 @@ def error(binary, weight: torch.Tensor) -> float:
 @pytest.mark.parametrize(("groups", "columns"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("shape", [(8, 200), (3, 33), (1, 128), (16, 1), (5, 2), (1, 1), (40, 130)])
 def test_every_form_and_shape(method, metric, groups, columns, shape):
-    options = BinarizeOptions(
-        method, salient_metric=metric, group_bitmap=groups, column_group_bitmap=columns, iterations=3
-    )
+    options = published(method, salient_metric=metric, group_bitmap=groups, column_group_bitmap=columns, iterations=3)
     weight = random(*shape)
     binary = binarize_weight(weight, hessian_of(shape[1]), options)
     dense = binary.dequantize()
@@ -47,7 +48,7 @@ def test_more_structure_costs_less_error(method):
     factor = factorize(hessian, 256, 0.01)
     errors = []
     for groups, columns in ((False, False), (True, False), (True, True)):
-        options = BinarizeOptions(method, group_bitmap=groups, column_group_bitmap=columns)
+        options = published(method, group_bitmap=groups, column_group_bitmap=columns)
         errors.append(binarize_and_record(weight, hessian, factor, options)[1].output_error)
     assert errors[0] > 1.5 * max(errors[1:])
     if method != "arb-x":  # its column groups are chosen by squared error, and refitted to the output error
@@ -56,7 +57,7 @@ def test_more_structure_costs_less_error(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_matrix_stays_zero(method):
-    binary = binarize_weight(torch.zeros(6, 140), hessian_of(140), BinarizeOptions(method=method))
+    binary = binarize_weight(torch.zeros(6, 140), hessian_of(140), published(method=method))
     assert binary.dequantize().abs().max() == 0
     assert binary.rounded().dequantize().abs().max() == 0
 
@@ -68,7 +69,7 @@ def test_dead_columns_become_zero_and_harm_nothing(method):
     dead[[0, 77, 159]] = True
     hessian[dead] = 0
     hessian[:, dead] = 0
-    binary = binarize_weight(weight, hessian, BinarizeOptions(method=method))
+    binary = binarize_weight(weight, hessian, published(method=method))
     assert torch.isfinite(binary.dequantize()).all()
     alive = weight.clone()
     alive[:, dead] = 0
@@ -81,7 +82,7 @@ def test_dead_columns_become_zero_and_harm_nothing(method):
 def test_constant_rows(method):
     weight = random(16, 128)
     weight[3], weight[4] = 0.5, -0.25
-    dense = binarize_weight(weight, hessian_of(128), BinarizeOptions(method=method)).dequantize()
+    dense = binarize_weight(weight, hessian_of(128), published(method=method)).dequantize()
     assert torch.isfinite(dense).all()
 
 
@@ -89,7 +90,7 @@ def test_exact_zeros_are_stored_as_a_sign():
     weight = random(16, 128)
     weight[:, ::9] = 0
     weight[2, :40] = 0
-    binary = binarize_weight(weight, hessian_of(128), BinarizeOptions())
+    binary = binarize_weight(weight, hessian_of(128), published())
     assert (binary.signs == 0).any()
     assert (binary.rounded().signs != 0).all()
     assert torch.isfinite(binary.rounded().dequantize()).all()
@@ -100,7 +101,7 @@ def test_rank_deficient_hessian_climbs_the_damping_ladder():
     factor = factorize(hessian, 96, damping=0.0)
     assert factor.damping > 0
     assert not factor.data_free
-    options = BinarizeOptions(damping=0.0)
+    options = published(damping=0.0)
     binary, record = binarize_and_record(random(12, 96), hessian, factor, options)
     assert record.damping == factor.damping
     assert torch.isfinite(binary.dequantize()).all()
@@ -111,10 +112,10 @@ def test_hopeless_hessian_falls_back_to_no_data():
     factor = factorize(hessian, 64, damping=0.01)
     assert factor.data_free
     weight = random(12, 64)
-    binary, record = binarize_and_record(weight, hessian, factor, BinarizeOptions())
+    binary, record = binarize_and_record(weight, hessian, factor, published())
     assert record.data_free
     assert error(binary, weight) < 0.5
-    without = binarize_weight(weight, None, BinarizeOptions())
+    without = binarize_weight(weight, None, published())
     assert torch.equal(binary.dequantize(), without.dequantize())
 
 
@@ -123,17 +124,17 @@ def test_non_finite_input_is_refused(bad):
     weight, hessian = random(4, 64), hessian_of(64)
     weight[2, 5] = bad
     with pytest.raises(ArbCalibrationError, match="weight is not finite: 1 of 256"):
-        binarize_weight(weight, hessian, BinarizeOptions())
+        binarize_weight(weight, hessian, published())
     hessian[1, 1] = bad
     with pytest.raises(ArbCalibrationError, match="Hessian is not finite"):
-        binarize_weight(random(4, 64), hessian, BinarizeOptions())
+        binarize_weight(random(4, 64), hessian, published())
 
 
 def test_wrong_shapes_are_refused():
     with pytest.raises(ArbCalibrationError, match=r"\[32, 32\].*\[64, 64\]"):
-        binarize_weight(random(4, 64), hessian_of(32), BinarizeOptions())
+        binarize_weight(random(4, 64), hessian_of(32), published())
     with pytest.raises(ArbCalibrationError, match="two dimensions"):
-        binarize_weight(random(4, 4, 4), None, BinarizeOptions())
+        binarize_weight(random(4, 4, 4), None, published())
 
 
 def test_takes_a_config_and_leaves_inputs_alone():
@@ -148,6 +149,6 @@ def test_takes_a_config_and_leaves_inputs_alone():
 def test_same_input_same_bits():
     weight, hessian = random(48, 256), hessian_of(256)
     state = torch.random.get_rng_state()
-    first, second = (binarize_weight(weight, hessian, BinarizeOptions()) for _ in range(2))
+    first, second = (binarize_weight(weight, hessian, published()) for _ in range(2))
     assert torch.equal(first.dequantize(), second.dequantize())
     assert torch.equal(torch.random.get_rng_state(), state)

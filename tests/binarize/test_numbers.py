@@ -112,7 +112,7 @@ def test_the_refusal_names_the_layer(tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data *= 1e-8
     model.model.layers[0].mlp.down_proj.weight.data *= 1e8  # the function stays what it was
     model.save_pretrained(tmp_path)
-    chosen = {"dataset": token_samples(), "iterations": 2}
+    chosen = {"dataset": token_samples(), "refinement": "paper", "iterations": 2}
     with pytest.raises(ArbCalibrationError, match=r"^model\.layers\.0\.mlp\.up_proj: its scales are at most .*float16"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=ArbConfig(**chosen), dtype=torch.float32)
     config = ArbConfig(**chosen, scale_dtype="bfloat16")
@@ -145,7 +145,9 @@ def test_activations_that_are_not_finite(tmp_path, value):
         ArbCalibrationError, match=r"^model\.layers\.1\.self_attn\.[qkv]_proj: the Hessian is not finite"
     ):
         AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=ArbConfig(dataset=token_samples(), iterations=2), dtype=torch.float32
+            tmp_path,
+            quantization_config=ArbConfig(dataset=token_samples(), refinement="paper", iterations=2),
+            dtype=torch.float32,
         )
 
 
@@ -154,7 +156,7 @@ def test_overflow_in_a_float16_model(tmp_path):
     model.model.layers[0].mlp.down_proj.weight.data *= 3e5
     model.model.layers[0].mlp.up_proj.weight.data *= 100
     model.half().save_pretrained(tmp_path)
-    chosen = ArbConfig(dataset=token_samples(), iterations=2)
+    chosen = ArbConfig(dataset=token_samples(), refinement="paper", iterations=2)
     with pytest.raises(
         ArbCalibrationError, match=r"decoder layer 0 gives NaN or infinite activations in torch\.float16"
     ):

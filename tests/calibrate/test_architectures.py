@@ -155,7 +155,7 @@ def test_models_that_are_no_decoders_are_refused_with_one_sentence(tmp_path):
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])
 def test_a_decoder_under_another_head_is_binarized_as_under_a_language_models(auto, tmp_path):
     llama().save_pretrained(tmp_path)
-    config = {"dataset": token_samples(4), "iterations": 2, "block_size": 32}
+    config = {"dataset": token_samples(4), "refinement": "paper", "iterations": 2, "block_size": 32}
     causal = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=ArbConfig(**config))
     model = auto.from_pretrained(tmp_path, quantization_config=ArbConfig(**config))
     expected, found = causal.model.state_dict(), model.base_model.state_dict()
@@ -243,7 +243,7 @@ def test_a_linear_that_is_never_called_is_kept(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", direct)
     llama().save_pretrained(tmp_path / "dense")
-    config = ArbConfig(dataset=token_samples(2), iterations=1)
+    config = ArbConfig(dataset=token_samples(2), refinement="paper", iterations=1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     assert type(model.model.layers[0].mlp.gate_proj) is nn.Linear
     assert "never called" in caplog.text

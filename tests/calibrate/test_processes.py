@@ -125,7 +125,9 @@ def test_groups_that_only_some_processes_saw_are_merged():
 
 
 def test_weights_without_some_tensors_travel_too():
-    weight = binarize_weight(torch.randn(8, 64), None, BinarizeOptions(block_size=32, group_bitmap=False))
+    weight = binarize_weight(
+        torch.randn(8, 64), None, BinarizeOptions(block_size=32, group_bitmap=False, refinement="paper")
+    )
     assert weight.groups is None
     received = Processes()._broadcast_weight(None, _described(weight), 0, torch.device("cpu"))
     assert received.form == weight.form

@@ -38,7 +38,7 @@ FORMS = [
 def binary(dense, **options):
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(300, dense.shape[1], generator=generator) * torch.rand(dense.shape[1], generator=generator)
-    options = BinarizeOptions(refinement="full", block_size=64, **options)
+    options = BinarizeOptions(block_size=64, **({"scale_dtype": "float16"} | options))
     return binarize_weight(dense, inputs.T @ inputs, options).rounded()
 
 
@@ -110,7 +110,7 @@ def scene():
 def tuned(scene, steps=24, seed=0, calls=None, **options):
     layer, every = scene
     linears = {name: each for name, each in layer.named_modules() if isinstance(each, torch.nn.Linear)}
-    chosen = BinarizeOptions(refinement="full", block_size=64, **options)
+    chosen = BinarizeOptions(block_size=64, **({"scale_dtype": "float16"} | options))
     hessians = {name: group.hessian() for group in accumulate(layer, linears, every, 1) for name in group.names}
     weights = {name: binarize_weight(each.weight, hessians[name], chosen) for name, each in linears.items()}
     norms = {name: p for name, p in layer.named_parameters() if p.dim() == 1}
@@ -157,7 +157,7 @@ def test_latent_weights_start_where_each_weight_is_best_alone(scene):
         run_layer(layer, call, 1)
     handle.remove()
     x = torch.cat(inputs)
-    weight = binarize_weight(dense, x.T @ x, BinarizeOptions(refinement="full", block_size=64)).rounded()
+    weight = binarize_weight(dense, x.T @ x, BinarizeOptions(block_size=64, scale_dtype="float16")).rounded()
     start = best_alone(layer, {name: weight}, calls, 1, Processes())[name]
     error = dense - weight.dequantize()
     damped = x.T @ x + 0.01 * x.square().sum(0).mean() * torch.eye(x.shape[1])
@@ -231,7 +231,7 @@ def test_whole_model_comes_nearer_and_keeps_its_norms(tmp_path):
         wanted = model(ids).logits
     errors = []
     for steps in (0, 24):
-        config = ArbConfig(dataset=token_samples(32), refinement="full", tune_steps=steps)
+        config = ArbConfig(dataset=token_samples(32), tune_steps=steps)
         loaded = AutoModelForCausalLM.from_pretrained(
             tmp_path / "dense", quantization_config=config, dtype=torch.float32
         )
@@ -373,15 +373,15 @@ def test_published_modules_among_others_are_not_tuned(tmp_path, monkeypatch):
 
 
 def test_steps_by_default():
-    assert ArbConfig().tune_steps == 0
-    assert ArbConfig(refinement="full").tune_steps > 0
-    assert ArbConfig(refinement="full", tune_steps=0).tune_steps == 0
+    assert ArbConfig().tune_steps == 32
+    assert ArbConfig(tune_steps=0).tune_steps == 0
+    assert ArbConfig(refinement="paper").tune_steps == 0
     with pytest.raises(ValueError, match=r"tune_steps=3 .*refinement"):
-        ArbConfig(tune_steps=3)
+        ArbConfig(refinement="paper", tune_steps=3)
 
 
 def test_command_line_takes_the_steps():
-    argv = ["quantize", "model", "out", "--refinement", "full", "--tune-steps", "4"]
+    argv = ["quantize", "model", "out", "--tune-steps", "4"]
     assert vars(build_parser(argv).parse_args(argv))["config.tune_steps"] == 4
 
 

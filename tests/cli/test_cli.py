@@ -42,7 +42,7 @@ def here(tmp_path_factory):
 def quantize(here, out, *options, of="dense"):
     return main(
         ["quantize", str(here / of), str(here / out), "--dataset", str(here / "text.txt"), "--num-samples", "4",
-         "--sequence-length", "32", "--block-size", "32", "--iterations", "2", "--dtype", "float32", *options]
+         "--sequence-length", "32", "--block-size", "32", "--refinement", "paper", "--iterations", "2", "--dtype", "float32", *options]
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256}
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     folder = save_byte_model(tmp_path_factory.mktemp("export") / "dense", **SIZES)
-    config = arb_hf.ArbConfig(dataset=byte_tokens(), block_size=32, iterations=2)
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), block_size=32, refinement="paper", iterations=2)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     arb_hf.save_pretrained(model, byte_tokenizer(), folder.parent / "packed")
     return folder.parent / "packed"
@@ -279,7 +279,7 @@ def test_experts_are_exported(tmp_path, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         experts(kind).eval().save_pretrained(tmp_path / "original")
-    config = arb_hf.ArbConfig(dataset=byte_tokens(), block_size=32, iterations=2)
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), block_size=32, refinement="paper", iterations=2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
     assert any(".experts." in name for name in binary_modules(model))
     before = logits(model)

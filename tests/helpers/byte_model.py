@@ -40,9 +40,8 @@ def byte_tokens(count: int = 4, length: int = 32, seed: int = 0) -> torch.Tensor
 def save_packed(folder: Path, **options) -> Path:
     """Write the model made binary, beside the dense one; ``options`` are ArbConfig's."""
     dense = save_byte_model(folder / "dense")
-    config = arb_hf.ArbConfig(
-        **({"dataset": byte_tokens(), "num_samples": 4, "block_size": 32, "iterations": 2} | options)
-    )
+    defaults = {"dataset": byte_tokens(), "num_samples": 4, "block_size": 32, "refinement": "paper", "iterations": 2}
+    config = arb_hf.ArbConfig(**(defaults | options))
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
     arb_hf.save_pretrained(model, None, folder / "packed")
     return folder / "packed"

@@ -24,9 +24,9 @@ def save_model(
 
 
 def config(**options: Any) -> ArbConfig:
-    defaults = {"dataset": token_samples(6, 24), "iterations": 2, "block_size": 32, "max_salient_columns": 6}
-    if options.get("refinement") == "full":
-        del defaults["iterations"]  # which "full" has none of
+    defaults = {"dataset": token_samples(6, 24), "block_size": 32, "max_salient_columns": 6, "refinement": "paper"}
+    if options.get("refinement") != "full":  # which has no iterations
+        defaults["iterations"] = 2
     return ArbConfig(**(defaults | options))
 
 

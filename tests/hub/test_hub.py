@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     """A tiny model, binarized, with its tokenizer."""
     folder = save_byte_model(tmp_path_factory.mktemp("made") / "tiny")
     (folder / "README.md").write_text(BASE_CARD)
-    config = arb_hf.ArbConfig(dataset=byte_tokens(), num_samples=4, block_size=32, iterations=2)
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), num_samples=4, block_size=32, refinement="paper", iterations=2)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     model.arb_report.add(Measurement("perplexity", "wikitext2", "3 windows of 32 tokens", 300.25, 250.5))
     return model, AutoTokenizer.from_pretrained(folder)

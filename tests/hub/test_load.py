@@ -28,7 +28,7 @@ from helpers.byte_model import VOCABULARY, byte_tokenizer, byte_tokens
 from helpers.classes import save_own_model, save_vision_model
 
 IDS = byte_tokens(2, 16, seed=2)
-OPTIONS = {"dataset": byte_tokens(), "num_samples": 4, "block_size": 32, "iterations": 2}
+OPTIONS = {"dataset": byte_tokens(), "num_samples": 4, "block_size": 32, "refinement": "paper", "iterations": 2}
 
 
 def snippet(folder) -> str:

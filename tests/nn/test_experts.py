@@ -201,7 +201,7 @@ def test_no_tokens_at_all_is_data_free():
 
 def binarize(model, folder, samples, **options):
     model.save_pretrained(folder)
-    config = ArbConfig(**({"dataset": samples, "iterations": 2, "block_size": 64} | options))
+    config = ArbConfig(**({"dataset": samples, "refinement": "paper", "iterations": 2, "block_size": 64} | options))
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 

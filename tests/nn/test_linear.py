@@ -11,7 +11,14 @@ from arb_hf.kernels import ops
 from arb_hf.nn import BinaryLinear
 
 FORMS = [
-    BinarizeOptions(method=method, group_bitmap=groups, column_group_bitmap=columns, scale_dtype=dtype, iterations=2)
+    BinarizeOptions(
+        method,
+        group_bitmap=groups,
+        column_group_bitmap=columns,
+        refinement="paper",
+        iterations=2,
+        scale_dtype=dtype,
+    )
     for method, (groups, columns), dtype in itertools.product(
         ("arb-rc", "arb-x"), ((True, True), (True, False), (False, False)), ("float16", "int8")
     )

@@ -47,7 +47,7 @@ def coded(options, k=128, seed=0):
     weight, hessian = problem(m=k, seed=seed)
     salient = torch.zeros(k, dtype=torch.bool)
     salient[::9] = True
-    form = BinarizeOptions(**options).form(len(weight), k, int(salient.sum()))
+    form = BinarizeOptions(**({"scale_dtype": "float16"} | options)).form(len(weight), k, int(salient.sum()))
     values = weight.T.contiguous()
     return start(values, salient, form), values, hessian
 
@@ -148,13 +148,13 @@ def test_exact_compensation_is_the_best_later_columns_can_do():
 def test_salient_columns_are_the_layers_own_and_within_the_published_bits():
     weight, hessian = problem(n=64, m=384)
     weight[:, 128:256] *= 30
-    for options in (BinarizeOptions(), BinarizeOptions(scale_dtype="int8"), BinarizeOptions(group_bitmap=False)):
+    for options in (BinarizeOptions(), BinarizeOptions(scale_dtype="float16"), BinarizeOptions(group_bitmap=False)):
         factor = factorize(hessian, 384, 0.01)
         salient = choose_salient_columns(weight, factor, options)
         assert salient[128:256].sum() > 0.9 * min(salient.sum(), 128) > 0
         published = replace(options, scale_dtype="float16").form(64, 384, round(0.045 * 384)).bits()
         assert options.form(64, 384, int(salient.sum())).bits() <= published
-    full = binarize_weight(weight, hessian, BinarizeOptions(refinement="full"))
+    full = binarize_weight(weight, hessian, BinarizeOptions(scale_dtype="float16"))
     assert 0 in [int(full.salient[i : i + 128].sum()) for i in (0, 128, 256)]  # a block may have none
     assert torch.equal(unpack(pack(full), full.form).dequantize(), full.rounded().dequantize())
 
@@ -176,9 +176,7 @@ def test_full_beats_paper(options, scale_dtype):
 @pytest.mark.parametrize("method", ["arb", "billm"])
 def test_full_is_one_algorithm_for_every_form(method):
     weight, hessian = problem(n=16)
-    one, other = (
-        binarize_weight(weight, hessian, BinarizeOptions(method=each, refinement="full")) for each in (method, "arb-x")
-    )
+    one, other = (binarize_weight(weight, hessian, BinarizeOptions(method=each)) for each in (method, "arb-x"))
     assert torch.equal(one.dequantize(), other.dequantize())
 
 
@@ -186,7 +184,7 @@ def test_full_is_one_algorithm_for_every_form(method):
 def test_any_shape_packs_and_runs(n, m):
     weight, hessian = problem(n, m)
     for options, scale_dtype in itertools.product(FORMS, ("float16", "int8")):
-        options = BinarizeOptions(refinement="full", scale_dtype=scale_dtype, **options.values[0])
+        options = BinarizeOptions(scale_dtype=scale_dtype, **options.values[0])
         full = binarize_weight(weight, hessian, options)
         layer, stored = BinaryLinear.from_binary_weight(full), full.rounded().dequantize()
         assert torch.equal(layer.binary_weight().dequantize(), stored)
@@ -197,13 +195,13 @@ def test_any_shape_packs_and_runs(n, m):
 
 def test_without_data_and_with_dead_columns():
     weight, hessian = problem()
-    free = binarize_weight(weight, None, BinarizeOptions(refinement="full"))
+    free = binarize_weight(weight, None, BinarizeOptions())
     assert (free.dequantize() - weight).square().sum() < 0.2 * weight.square().sum()
     hessian[:, 10:20] = 0
     hessian[10:20] = 0
-    dead = binarize_weight(weight, hessian, BinarizeOptions(refinement="full"))
+    dead = binarize_weight(weight, hessian, BinarizeOptions(scale_dtype="float16"))
     assert torch.isfinite(dead.dequantize()).all()
-    assert torch.isfinite(binarize_weight(weight * 0, hessian, BinarizeOptions(refinement="full")).dequantize()).all()
+    assert torch.isfinite(binarize_weight(weight * 0, hessian, BinarizeOptions()).dequantize()).all()
 
 
 @pytest.mark.skipif(not native.usable(torch.empty(0)), reason="the C library is not built")
@@ -217,7 +215,7 @@ def test_the_c_rounding_makes_the_choices_of_the_plain_one(options, isa, monkeyp
     for n, k in ((1, 33), (129, 7), (300, 128)):
         weight, hessian = problem(n, k)
         salient = torch.rand(k, generator=generator) < 0.2
-        form = BinarizeOptions(**options).form(n, k, int(salient.sum()))
+        form = BinarizeOptions(**({"scale_dtype": "float16"} | options)).form(n, k, int(salient.sum()))
         values = weight.T.contiguous()
         block = fit_rows(start(values, salient, form), values, None)
         factor = factorize(hessian, k, 0.01)

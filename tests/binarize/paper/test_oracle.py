@@ -29,6 +29,7 @@ def binarized(name: str, key: str):
         method=METHODS.get(method.removesuffix("+g"), method.removesuffix("+g")),
         column_group_bitmap=method.endswith("+g"),
         salient_metric=metric,
+        refinement="paper",
     )
     weight, hessian = torch.from_numpy(file["W"]), torch.from_numpy(file["H_raw"])
     return weight, hessian, binarize_weight(weight, hessian, options)

@@ -67,7 +67,7 @@ def test_fits_depend_on_neither_threads_nor_instruction_set(monkeypatch, method)
 def test_whole_matrices_without_the_library_are_the_same(monkeypatch, method, metric):
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(90, 200, generator=generator), torch.randn(500, 200, generator=generator)
-    options = BinarizeOptions(method=method, salient_metric=metric)
+    options = BinarizeOptions(method=method, salient_metric=metric, refinement="paper")
     found = binarize_weight(weight, inputs.T @ inputs, options)
     torch_only(monkeypatch)
     expected = binarize_weight(weight, inputs.T @ inputs, options)

@@ -103,7 +103,8 @@ def make(folder: Path, family: str, model_options: dict[str, Any], options: dict
     data = [torch.randint(0, VOCABULARY, (32,), generator=generator) for _ in range(16)]
     dense = folder / "dense"
     dense_model(family, model_options).save_pretrained(dense)
-    config = ArbConfig(**{"dataset": data, "block_size": 32, "max_salient_columns": 8} | options)
+    defaults = {"block_size": 32, "max_salient_columns": 8, "refinement": "paper", "scale_dtype": "float16"}
+    config = ArbConfig(**{"dataset": data} | defaults | options)
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=torch.bfloat16)
     model.config._name_or_path = ""
     for path in dense.iterdir():
