@@ -563,13 +563,22 @@ def test_help_of_quantize_names_the_values(capsys):
     text = capsys.readouterr().out
     for values in (
         "{arb-rc,arb-x,arb,billm}",
-        "{paper,full}",
+        "{full,paper}",
         "{hessian,magnitude}",
         "int8}",
         '"model.layers.0": null',
     ):
         assert values in text
     assert ":mod:" not in text and "`" not in text
+
+
+def test_help_of_quantize_shows_what_a_default_depends_on(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: full)" in text
+    assert "(default: 32 with refinement=full, 0 with refinement=paper)" in text
+    assert "(default: int8 with refinement=full, float16 with refinement=paper)" in text
 
 
 def test_a_figure_names_the_type_it_was_measured_in(packed, here, capsys):
