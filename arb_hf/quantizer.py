@@ -14,7 +14,17 @@ from .architecture import Prefix
 from .auto import saved_class
 from .calibrate.model import binarize_model
 from .calibrate.offload import Placement, keep_stored_types, offload_folder
-from .checks import Entry, check_files, check_model, check_stacks, check_surplus, check_ties, check_values, entries_of, read_entries
+from .checks import (
+    Entry,
+    check_files,
+    check_model,
+    check_stacks,
+    check_surplus,
+    check_ties,
+    check_values,
+    entries_of,
+    read_entries,
+)
 from .config import ArbConfig
 from .errors import ArbCalibrationError, ArbFormatError
 from .nn import BinaryExperts, BinaryLinear, ScaledLinear, binary_modules, int8_tables
@@ -168,7 +178,9 @@ def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if adapted_module(model) is not None:
         require_plain(model)  # says what to do
     tensors, tables = dict(model.state_dict()), int8_tables(model)
-    for target in getattr(model, "all_tied_weights_keys", None) or ():  # on disk, a tied tensor looks like one of its own
+    for target in (
+        getattr(model, "all_tied_weights_keys", None) or ()
+    ):  # on disk, a tied tensor looks like one of its own
         if target.rpartition(".")[0] in tables:
             tensors.pop(target, None)
     for name, module in model.named_modules():

@@ -70,9 +70,7 @@ def binarize_model(
         )
     require_savable_generation(model)
     prefix, layers = find_decoder_layers(model)
-    coverage = dataclasses.replace(
-        survey(model, prefix, layers, config, skip), tables=survey_tables(model, config)
-    )
+    coverage = dataclasses.replace(survey(model, prefix, layers, config, skip), tables=survey_tables(model, config))
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
     coverage.require(config.minimum_coverage)
     processes = Processes.join()

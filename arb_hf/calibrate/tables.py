@@ -91,12 +91,12 @@ def store_tables(model: PreTrainedModel, tables: Sequence[Table]) -> tuple[Table
     new = {}
     sources = {id(modules[name].weight): name for name in reversed(list(decided))}
     for name in [name for name, each in decided.items() if each.kept is None]:
-        module: nn.Module = modules[name]
+        module = modules[name]
         new[name] = table = new_table(module, device="meta")
         key = id(module.weight)
         first = new.get(sources[key])
         table.fill(packed[key] if first is None or first is table else first.packed)  # tied: the same parameters
         if isinstance(table, Int8Head) and module.bias is not None:
-            table.bias = nn.Parameter(module.bias.detach(), requires_grad=False)  # type: ignore[arg-type]
+            table.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
     put_tables(model, new)
     return tuple(decided.get(each.name, each) for each in tables)

@@ -173,7 +173,10 @@ def _vectorize(name: str) -> None:
         if in_dims[1] is None and in_dims[2] is None:
             return run(arguments[0].movedim(in_dims[0], 0), *arguments[1:]), 0
         each = (
-            [tensor if dim is None else tensor.select(dim, index) for tensor, dim in zip(arguments, in_dims, strict=True)]
+            [
+                tensor if dim is None else tensor.select(dim, index)
+                for tensor, dim in zip(arguments, in_dims, strict=True)
+            ]
             for index in range(info.batch_size)
         )
         return torch.stack([run(*one) for one in each]), 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..format.table import TableForm, pack_table, row_scales, unpack_table
 from ..kernels import int8_linear
 
-CURE = "binarize with embedding_dtype=None to keep it dense, or call arb_hf.dequantize(model) first"
+CURE = 'binarize with embedding_dtype="model" to keep it dense, or call arb_hf.dequantize(model) first'
 
 
 class Int8Table(nn.Module):
