@@ -64,13 +64,23 @@ def test_both_tables_are_stored_once_if_tied(folder, model):
     assert set(config["embeddings"]) == BOTH and config["format_version"] == 2
 
 
-def test_a_fresh_process_computes_the_same(folder, model):
-    code = "import torch, arb_hf\n"
-    code += f"m = arb_hf.from_pretrained({str(folder)!r})\n"
-    code += "print(m(torch.arange(12)[None]).logits.double().sum().item(), m.dtype)"
+def test_a_fresh_process_computes_the_same_and_vanilla_transformers_nothing(folder, model):
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({str(folder)!r})
+    print("loaded")
+except RuntimeError:
+    print("refused")
+import arb_hf
+m = arb_hf.from_pretrained({str(folder)!r})
+print(m(torch.arange(12)[None]).logits.double().sum().item(), m.dtype)
+"""
     done = fresh_process(code, OMP_NUM_THREADS="1")
-    value, dtype = done.stdout.split()
-    assert dtype == "torch.bfloat16", done.stderr
+    assert done.returncode == 0, done.stderr
+    vanilla, value, dtype = done.stdout.split()[-3:]
+    assert (vanilla, dtype) == ("refused", "torch.bfloat16")
     assert float(value) == pytest.approx(logits(model).double().sum().item(), rel=1e-3)
 
 
@@ -236,9 +246,3 @@ def test_the_modules_stand_alone():
     other = Int8Embedding(form, dtype=torch.float32)
     other.load_state_dict(embedding.state_dict(), strict=True)
     assert torch.equal(other(ids), embedding(ids))
-
-
-def test_vanilla_transformers_does_not_load_it(folder):
-    code = "from transformers import AutoModelForCausalLM\n"
-    code += f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    assert fresh_process(code).returncode != 0
