@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .names import kind_of
-from .nn import binary_modules
+from .nn import binary_modules, int8_tables
 
 
 def bits_per_weight(model: nn.Module) -> float:
@@ -21,7 +21,7 @@ def bits_per_weight(model: nn.Module) -> float:
 
 
 def summary(model: nn.Module) -> str:
-    """A table of the binary layers by kind, and of what was kept: weights, bits per weight, bytes.
+    """A table of the binary layers by kind, of int8 embeddings and heads, and of what was kept: weights, bits, bytes.
 
     Printed by ``print(arb_hf.summary(model))``.
     """
@@ -35,6 +35,8 @@ def summary(model: nn.Module) -> str:
     inside = {
         id(parameter) for module in binary.values() for name, parameter in module.named_parameters() if name != "bias"
     }
+    tables = {id(module.weight): module for module in int8_tables(model).values()}  # tied: one
+    inside |= {id(module.packed[name]) for module in tables.values() for name in module.packed}
     kept = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     total, total_bits = sum(row[1] for row in rows.values()), sum(row[2] for row in rows.values())
     kept_weights = sum(parameter.numel() for parameter in kept)
@@ -42,7 +44,14 @@ def summary(model: nn.Module) -> str:
     lines = [f"{'kind':<28}{'layers':>8}{'weights':>14}{'bits/weight':>13}{'MB':>10}"]
     lines += [_line(kind, count, weights, bits) for kind, (count, weights, bits) in rows.items()]
     lines.append(_line("all binary layers", len(binary), total, total_bits))
-    lines.append(_line("kept (embeddings, norms...)", "", kept_weights, kept_bits))
+    if tables:
+        forms = [module.form for module in tables.values()]
+        weights, bits = sum(form.rows * form.width for form in forms), sum(form.bits() for form in forms)
+        lines.append(_line("int8 embeddings and heads", len(forms), weights, bits))
+        total, total_bits = total + weights, total_bits + bits
+    lines.append(
+        _line("kept (norms, biases...)" if tables else "kept (embeddings, norms...)", "", kept_weights, kept_bits)
+    )
     lines.append(_line("whole model", "", total + kept_weights, total_bits + kept_bits))
     return "\n".join(lines)
 

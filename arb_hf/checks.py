@@ -26,8 +26,9 @@ from .format import WORD
 from .format.form import SCALES
 from .format.headers import INDEX, SINGLE, current_weights, read_json, require_inside, shard_names
 from .format.packing import unpack_mask
-from .nn import BinaryLinear, binary_modules
+from .nn import BinaryLinear, binary_modules, int8_tables
 from .nn.experts import find_stacks
+from .nn.int8 import Int8Table
 
 SAFETENSORS_TYPES = {
     torch.int32: "I32",
@@ -161,10 +162,13 @@ def check_model(model: PreTrainedModel, entries: Entries, new_head: bool = False
             for absurd buffers.
     """
     expected: dict[str, tuple[tuple[int, ...], str | None]] = {}
-    modules = binary_modules(model)
+    modules: dict[str, BinaryLinear | Int8Table] = {**binary_modules(model), **int8_tables(model)}
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for name, module in modules.items():
         for part, (shape, stored) in module.form.tensors().items():
-            expected[f"{name}.{part}"] = shape, SAFETENSORS_TYPES[stored]
+            key = f"{name}.{part}"
+            if key not in ties or key in entries:
+                expected[key] = shape, SAFETENSORS_TYPES[stored]
     optional = _optional_names(model, new_head)
     for key, tensor in model.state_dict().items():
         if key not in expected and (key in entries or not optional(key)):
@@ -184,6 +188,18 @@ def check_model(model: PreTrainedModel, entries: Entries, new_head: bool = False
     for name, buffer in model.named_buffers():
         if buffer.numel() * buffer.element_size() > max(SMALL, sum(math.prod(each.shape) for each in entries.values())):
             raise ArbFormatError(f"config.json: asks for a buffer {name} of {list(buffer.shape)}")
+
+
+def check_ties(model: PreTrainedModel, entries: Entries) -> None:
+    """Refuse files that hold a tensor of an int8 table which the model's config ties to another.
+
+    Raises:
+        ArbFormatError: naming it; transformers would only tie the two if they were equal.
+    """
+    tables = int8_tables(model)
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target in entries and target.rpartition(".")[0] in tables:
+            raise ArbFormatError(f"{entries[target].file}: surplus tensor {target}: config.json ties it to {source}")
 
 
 def check_surplus(model: PreTrainedModel, entries: Entries) -> None:
@@ -228,40 +244,48 @@ def check_values(model: nn.Module, entries: Entries) -> None:
     Raises:
         ArbFormatError: naming file, tensor and reason.
     """
-    for name, module in binary_modules(model).items():
+    modules: dict[str, BinaryLinear | Int8Table] = {**binary_modules(model), **int8_tables(model)}
+    for name, module in modules.items():
         if any(tensor.device.type == "meta" for tensor in module.packed.values()):
             continue  # on disk, behind an accelerate hook
-        wrong = next(_wrong_values(module), None)
+        wrong = next(_wrong_values(module) if isinstance(module, BinaryLinear) else _wrong_numbers(module), None)
         if wrong is not None:
             key = f"{name}.{wrong[0]}"
             file = f"{entries[key].file}: " if key in entries else ""
             raise ArbFormatError(f"{file}{key} {wrong[1]}")
 
 
+def _wrong_numbers(module: BinaryLinear | Int8Table) -> Iterator[tuple[str, str]]:
+    """What is wrong with the types, shapes, codes and scales of a module's tensors: the part and the reason."""
+    packed = module.packed
+    for part, (shape, dtype) in module.form.tensors().items():
+        if tuple(packed[part].shape) != shape or packed[part].dtype != dtype:
+            yield part, f"became {packed[part].dtype} {list(packed[part].shape)}, expected {dtype} {list(shape)}"
+    codes = ("weight",) if isinstance(module, Int8Table) else ()
+    for part in (*codes, *SCALES, "row_absmax", "bias"):
+        numbers = getattr(module, part, None)
+        if numbers is None:
+            continue
+        if numbers.is_floating_point() and not torch.isfinite(numbers).all():
+            yield part, "holds NaN or infinite values"
+        elif part != "bias" and numbers.is_floating_point() and (torch.signbit(numbers) & (numbers == 0)).any():
+            yield part, "holds -0.0; zeros are stored as +0.0"
+        if numbers.dtype == torch.int8 and numbers.numel() and numbers.min() < -127:
+            yield part, "holds the code -128; codes are -127 to 127"
+        if part == "row_absmax" and (numbers < 0).any():
+            yield part, "holds negative values; they are magnitudes"
+
+
 def _wrong_values(module: BinaryLinear) -> Iterator[tuple[str, str]]:
     """Everything that is wrong with a layer's tensors: the part and the reason."""
     form, packed = module.form, module.packed
-    for part, (shape, dtype) in form.tensors().items():
-        if tuple(packed[part].shape) != shape or packed[part].dtype != dtype:
-            yield part, f"became {packed[part].dtype} {list(packed[part].shape)}, expected {dtype} {list(shape)}"
+    yield from _wrong_numbers(module)
     mask = unpack_mask(packed["salient_columns"], packed["salient_columns"].numel() * 8)
     if int(mask.sum()) != form.salient_columns or bool(mask[form.in_features :].any()):
         yield (
             "salient_columns",
             f"marks {int(mask.sum())} columns, the config says {form.salient_columns} of {form.in_features}",
         )
-    for part in (*SCALES, "row_absmax", "bias"):
-        scales = getattr(module, part, None)
-        if scales is None:
-            continue
-        if scales.is_floating_point() and not torch.isfinite(scales).all():
-            yield part, "holds NaN or infinite values"
-        elif part != "bias" and scales.is_floating_point() and (torch.signbit(scales) & (scales == 0)).any():
-            yield part, "holds -0.0; zeros are stored as +0.0"
-        if scales.dtype == torch.int8 and scales.numel() and scales.min() < -127:
-            yield part, "holds the code -128; codes are -127 to 127"
-        if part == "row_absmax" and (scales < 0).any():
-            yield part, "holds negative values; they are magnitudes"
     second = form.in_features if form.groups == 2 else form.salient_columns
     columns = {"weight": form.in_features, "second_plane": second, "salient_groups": form.salient_columns}
     for part, count in columns.items():

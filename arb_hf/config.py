@@ -34,6 +34,7 @@ CHOICES = {
     "refinement": REFINEMENTS,
     "salient_metric": SALIENT_METRICS,
     "scale_dtype": tuple(SCALE_DTYPES),
+    "embedding_dtype": ("int8", "model"),
 }
 # Options that have no effect beside a value of another.
 IDLE_BESIDE = (
@@ -45,10 +46,12 @@ IDLE_BESIDE = (
 DEFAULTS: dict[str, dict[str, Any]] = {
     "tune_steps": {"full": 32, "paper": 0},
     "scale_dtype": SCALE_DTYPE,
+    "embedding_dtype": {"full": "int8", "paper": "model"},
 }
 # What options that are absent mean in a config stored by version 0.1, whose default was the published algorithm. It
 # stored all options, so that only a file changed by hand lacks any.
-FORMER_DEFAULTS = {"refinement": "paper", "scale_dtype": "float16"}
+FORMER_DEFAULTS = {"refinement": "paper", "scale_dtype": "float16", "embedding_dtype": "model"}
+FIRST_WITH_TABLES = 2  # the version of the format that int8 embeddings came with
 
 
 class ArbConfig(QuantizationConfigMixin):
@@ -92,9 +95,14 @@ class ArbConfig(QuantizationConfigMixin):
             must be binarized; where less can be, the run stops before calibration. 0 accepts any share.
         scale_dtype: type in which scales and means are stored: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
             None: what belongs to the refinement.
+        embedding_dtype: type in which the input embedding and the head are stored: ``"int8"``, with a scale for each row,
+            wherever that is harmless, or ``"model"``, the model's own. None: what belongs to the
+            refinement. What ``modules_to_not_convert`` names or
+            ``overrides`` keeps is kept as it is.
         checkpoint_dir: folder in which finished decoder layers are kept, to resume from after a crash.
         format_version: version of the packed format; set by the package.
         modules: what was binarized and how; set by a run, read when a packed model is loaded.
+        embeddings: names of the embeddings and heads that are stored as int8; set and read as ``modules``.
 
     Raises:
         TypeError: there is no such option.
@@ -123,9 +131,11 @@ class ArbConfig(QuantizationConfigMixin):
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         minimum_coverage: float = 0.9,
         scale_dtype: str | None = None,
+        embedding_dtype: str | None = None,
         checkpoint_dir: str | os.PathLike | None = None,
         format_version: int = FORMAT_VERSION,
         modules: dict[str, dict[str, Any]] | None = None,
+        embeddings: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = kwargs.pop("quant_method", QUANT_METHOD)  # type: ignore[assignment]
@@ -149,9 +159,11 @@ class ArbConfig(QuantizationConfigMixin):
         self.overrides = overrides
         self.minimum_coverage = minimum_coverage
         self.scale_dtype: str = scale_dtype  # type: ignore[assignment]
+        self.embedding_dtype: str = embedding_dtype  # type: ignore[assignment]
         self.checkpoint_dir = None if checkpoint_dir is None else os.fspath(checkpoint_dir)
         self.format_version = format_version
         self.modules = modules
+        self.embeddings = embeddings
         if kwargs:
             near = {name: difflib.get_close_matches(name, vars(self), 1) for name in sorted(kwargs)}
             named = ", ".join(name + (f" (did you mean {like[0]}?)" if like else "") for name, like in near.items())
@@ -196,6 +208,8 @@ class ArbConfig(QuantizationConfigMixin):
             self._validate_overrides()
         if self.modules is not None:
             self._validate_modules()
+        if self.embeddings is not None:
+            self._validate_embeddings()
 
     def _warn_of_idle_options(self) -> None:
         """Warn of options that were set and have no effect beside the others, nor in an override."""
@@ -237,6 +251,15 @@ class ArbConfig(QuantizationConfigMixin):
             options = {key: value for key, value in entry.items() if key != "salient_columns"}
             if options:
                 self._check_options(f"modules[{name!r}]", options, FORM_OPTIONS)
+
+    def _validate_embeddings(self) -> None:
+        names = self.embeddings
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            self._refuse("embeddings", "a list of module names, or None")
+        elif len(set(names)) < len(names) or set(names) & set(self.modules or ()):
+            self._refuse("embeddings", "each name once, and none that is in modules")
+        elif names and self.format_version < FIRST_WITH_TABLES:
+            self._refuse("embeddings", f"None: format_version {self.format_version} has no int8 embeddings")
 
     def _check_options(self, where: str, options: Any, allowed: tuple[str, ...]) -> None:
         """Check the options of single modules as if they were those of a whole config."""

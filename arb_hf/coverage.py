@@ -28,11 +28,28 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Table:
+    """The input embedding or the head.
+
+    ``kept``: why it keeps the model's type, None if it is stored as int8. ``weights``: 0 for one that is tied to another,
+    which counts them.
+    """
+
+    name: str
+    weights: int
+    kept: str | None = None
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """All weight matrices of the decoder layers, and the number of weights outside them (embeddings, heads, norms)."""
+    """All weight matrices of the decoder layers, and the number of weights outside them (embeddings, heads, norms).
+
+    ``tables``: the embedding and the head.
+    """
 
     matrices: tuple[Matrix, ...]
     outside: int
+    tables: tuple[Table, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -52,13 +69,10 @@ class Coverage:
     def keeping(self, names: Collection[str], reason: str) -> Coverage:
         """Return the same coverage with some of the binarized matrices kept after all."""
         changed = set(names)
-        return Coverage(
-            tuple(
-                replace(each, kept=reason) if each.kept is None and each.name in changed else each
-                for each in self.matrices
-            ),
-            self.outside,
+        matrices = (
+            replace(each, kept=reason) if each.kept is None and each.name in changed else each for each in self.matrices
         )
+        return replace(self, matrices=tuple(matrices))
 
     def require(self, minimum: float) -> None:
         """Stop a run that would leave too much of the decoder layers in full precision without being asked to.
@@ -92,7 +106,12 @@ class Coverage:
             fate = "binarized" if kept is None else f"kept: {kept}"
             lines.append(f"{kind:<{width}}{count:>8}{weights:>16,}{weights / max(self.weights, 1):>8.1%}  {fate}")
         lines.append(f"{'binarized':<{width}}{'':>8}{self.binarized:>16,}{self.share:>8.1%}")
-        lines.append(f"{'outside the decoder layers':<{width}}{'':>8}{self.outside:>16,}{'':>8}  kept")
+        for each in self.tables:
+            fate = "int8, with a scale for each row" if each.kept is None else f"kept: {each.kept}"
+            lines.append(f"{each.name:<{width}}{'':>8}{each.weights:>16,}{'':>8}  {fate}")
+        rest = self.outside - sum(each.weights for each in self.tables)
+        others = "others outside the layers" if self.tables else "outside the decoder layers"
+        lines.append(f"{others:<{width}}{'':>8}{rest:>16,}{'':>8}  kept")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,10 +121,12 @@ class Coverage:
             "weights": self.weights,
             "binarized": self.binarized,
             "outside": self.outside,
+            "tables": [asdict(each) for each in self.tables],
             "matrices": [asdict(each) for each in self.matrices],
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Coverage:
         """Inverse of :meth:`to_dict`."""
-        return cls(tuple(Matrix(**each) for each in data["matrices"]), int(data["outside"]))
+        tables = tuple(Table(**each) for each in data.get("tables", ()))
+        return cls(tuple(Matrix(**each) for each in data["matrices"]), int(data["outside"]), tables)

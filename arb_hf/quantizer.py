@@ -14,12 +14,24 @@ from .architecture import Prefix
 from .auto import saved_class
 from .calibrate.model import binarize_model
 from .calibrate.offload import Placement, keep_stored_types, offload_folder
-from .checks import Entry, check_files, check_model, check_stacks, check_surplus, check_values, entries_of, read_entries
+from .checks import (
+    Entry,
+    check_files,
+    check_model,
+    check_stacks,
+    check_surplus,
+    check_ties,
+    check_values,
+    entries_of,
+    read_entries,
+)
 from .config import ArbConfig
 from .errors import ArbCalibrationError, ArbFormatError
-from .nn import BinaryExperts, BinaryLinear, ScaledLinear, binary_modules
+from .nn import BinaryExperts, BinaryLinear, ScaledLinear, binary_modules, int8_tables
+from .nn.int8 import Int8Table
 from .nn.offloaded import fetch_all, is_offloaded
 from .nn.swap import adapted_module, empty_model, expose_linears, replace_by_dense, require_plain
+from .nn.tables import half_tied, new_table, put_tables, table_modules
 
 
 class ArbHfQuantizer(HfQuantizer):
@@ -76,6 +88,7 @@ class ArbHfQuantizer(HfQuantizer):
         swap_in_binary_modules(model, self.quantization_config)
         if files:
             check_model(model, self.entries, has_new_head(model))
+            check_ties(model, self.entries)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         _refuse_split(model, getattr(model, "_tp_size", None))  # transformers 5.0 tells it no sooner
@@ -95,7 +108,7 @@ class ArbHfQuantizer(HfQuantizer):
             model._weight_conversions = []  # type: ignore[assignment]
             self.placement.dispatch(model, folder)
         for module in model.modules():
-            if isinstance(module, BinaryLinear):
+            if isinstance(module, (BinaryLinear, Int8Table)):
                 module.requires_grad_(False)
             elif isinstance(module, PreTrainedModel):
                 module.hf_quantizer = self  # type: ignore[assignment]  # saving a part of the model asks it too
@@ -164,7 +177,12 @@ def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     if adapted_module(model) is not None:
         require_plain(model)  # says what to do
-    tensors = dict(model.state_dict())
+    tensors, tables = dict(model.state_dict()), int8_tables(model)
+    for target in (
+        getattr(model, "all_tied_weights_keys", None) or ()
+    ):  # on disk, a tied tensor looks like one of its own
+        if target.rpartition(".")[0] in tables:
+            tensors.pop(target, None)
     for name, module in model.named_modules():
         if isinstance(module, ScaledLinear):
             for key in module.state_dict(prefix=f"{name}."):
@@ -204,6 +222,12 @@ def _check_saved(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> No
     if odd is not None or not named:
         names, holds = ("names", "does not") if odd in named else ("does not name", "does")
         raise ArbFormatError(f"config.quantization_config {names} {odd} as binary, and the model {holds} hold it so")
+    tables, stored_so = set(int8_tables(model)), set(config.embeddings or ())
+    odd = next(iter(sorted(tables ^ stored_so)), None)
+    if odd is not None:
+        raise ArbFormatError(
+            f"config.quantization_config.embeddings is {sorted(stored_so)}, and the model holds {odd} otherwise"
+        )
     ignored = set(model._keys_to_ignore_on_save or ())
     entries = entries_of({name: tensor for name, tensor in tensors.items() if name not in ignored})
     skeleton = empty_model(model)
@@ -235,6 +259,8 @@ def adapt_names(model: PreTrainedModel, config: ArbConfig) -> Prefix:
     prefix = Prefix.of(model, list(config.modules or ()))
     if config.modules:
         config.modules = {prefix.renamed(name): entry for name, entry in config.modules.items()}
+    if config.embeddings:
+        config.embeddings = [prefix.renamed(name) for name in config.embeddings]
     return prefix
 
 
@@ -265,7 +291,7 @@ def require_backbone(model: PreTrainedModel, files: list[str]) -> None:
 
 
 def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
-    """On a model still on the meta device, put an empty :class:`BinaryLinear` wherever the config says so.
+    """On a model still on the meta device, put an empty :class:`BinaryLinear` or int8 table wherever the config says so.
 
     Raises:
         ArbFormatError: the config names no modules, or one that is not a linear layer of this model.
@@ -298,6 +324,36 @@ def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
         for parameter in new.parameters():  # parents initialize weights that stay on disk: GPT-2 its c_proj.weight
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model.set_submodule(name, new)
+    _swap_in_tables(model, config)
+
+
+def _swap_in_tables(model: PreTrainedModel, config: ArbConfig) -> None:
+    """The same for the embeddings and heads that are stored as int8. A head that this class lacks leaves the config.
+
+    Raises:
+        ArbFormatError: the config names a module that is neither, or one of two that are tied.
+    """
+    known, tables = table_modules(model), {}
+    if has_new_head(model):
+        config.embeddings = [name for name in config.embeddings or () if _has(model, name)]
+    for name in config.embeddings or ():
+        try:
+            if name not in known:
+                raise ValueError("not the input embedding, and not the head")
+            tables[name] = new_table(known[name], device="meta")
+        except ValueError as error:
+            raise ArbFormatError(
+                f"config.json: quantization_config.embeddings names {name!r}: {error} of {type(model).__name__}"
+            ) from error
+    tied = half_tied(model, tables)
+    if tied is not None:
+        raise ArbFormatError(
+            f"config.json: quantization_config.embeddings has {', '.join(tables)} and lacks {tied}, which is tied to it"
+        )
+    put_tables(model, tables)
+    for table in tables.values():
+        for parameter in table.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as for binary layers
 
 
 def _has(model: PreTrainedModel, name: str) -> bool:

@@ -27,6 +27,8 @@ WRONG = {
     "batch_size": [0],
     "seed": [-1, 0.5, 2**63],
     "scale_dtype": ["float8", 8],
+    "embedding_dtype": ["int4", 8],
+    "embeddings": ["lm_head", [3], ["a", "a"], [""]],
     "tokenizer": [3, [], {}],
     "modules_to_not_convert": ["lm_head", [1]],
     "format_version": [0, "1"],
@@ -83,6 +85,17 @@ def test_options_that_were_never_stored_have_todays_defaults():
         ArbConfig.from_dict({"quant_method": "arb_hf", "block_size": 64}).to_dict()
         == ArbConfig(block_size=64).to_dict()
     )
+
+
+def test_the_type_of_embeddings_goes_by_the_refinement_unless_it_is_read_back():
+    assert ArbConfig(refinement="paper").embedding_dtype == "model"
+    assert ArbConfig(refinement="full").embedding_dtype == "int8"
+    assert ArbConfig(refinement="full", embedding_dtype="model").embedding_dtype == "model"
+    assert ArbConfig.from_dict(STORED | {"refinement": "full"}).embedding_dtype == "model"
+    with pytest.raises(ValueError, match="format_version 1 has no int8 embeddings"):
+        ArbConfig(embeddings=["lm_head"], format_version=1)
+    with pytest.raises(ValueError, match="none that is in modules"):
+        ArbConfig(embeddings=["lm_head"], modules={"lm_head": {"salient_columns": 0}})
 
 
 def test_one_group_means_no_column_groups_either():

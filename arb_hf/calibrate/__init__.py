@@ -10,6 +10,6 @@ The way of a weight, from whole to part::
             tune.tune_layer          its codes, scales and norms, by gradient
 
 Beside it: ``batches`` (calibration text as tokens), ``capture`` (what a decoder layer is called with), ``decoder`` (which
-layers and matrices a model has), ``plan`` (what a run takes), ``state`` (what goes from layer to layer), ``spool``
+layers and matrices a model has), ``tables`` (embedding and head), ``plan`` (what a run takes), ``state`` (what goes from layer to layer), ``spool``
 (activations on disk), ``offload`` (weights on disk), ``processes`` (several at once), ``resume`` (after a crash).
 """

@@ -42,6 +42,7 @@ from .processes import Processes
 from .resume import LayerStore, explained_stops, fingerprint
 from .spool import Spool
 from .state import Run, Stages
+from .tables import store_tables, survey_tables
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
@@ -69,7 +70,7 @@ def binarize_model(
         )
     require_savable_generation(model)
     prefix, layers = find_decoder_layers(model)
-    coverage = survey(model, prefix, layers, config, skip)
+    coverage = dataclasses.replace(survey(model, prefix, layers, config, skip), tables=survey_tables(model, config))
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
     coverage.require(config.minimum_coverage)
     processes = Processes.join()
@@ -102,7 +103,10 @@ def binarize_model(
     unused = [name for name in wanted if name not in config.modules]
     if unused:
         logger.warning("kept in full precision, because the model never called them: %s", ", ".join(unused))
-    report.coverage = run.coverage.keeping(unused, "its model does not call it")
+    with run.clock("embeddings"):
+        tables = store_tables(model, run.coverage.tables)
+    config.embeddings = [each.name for each in tables if each.kept is None]
+    report.coverage = dataclasses.replace(run.coverage.keeping(unused, "its model does not call it"), tables=tables)
     return report
 
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ArbCalibrationError
 from ..nn import BinaryLinear
+from ..nn.int8 import Int8Table
 from ..nn.offloaded import fetch, fetch_all, offload_hooks
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def keep_stored_types(model: nn.Module) -> None:
 
     transformers 5.0 has it cast everything to the model's dtype, planes of bits too: the outputs would be noise.
     """
-    for module in [each for each in model.modules() if isinstance(each, BinaryLinear)]:
+    for module in [each for each in model.modules() if isinstance(each, (BinaryLinear, Int8Table))]:
         for hook in offload_hooks(module):
             index = getattr(getattr(hook.weights_map, "dataset", None), "index", {})
             prefix = getattr(hook.weights_map, "prefix", "")

@@ -18,7 +18,7 @@ from ..format.headers import inspect_folder, printable, table
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted"
 # Arguments of ArbConfig that a run fills in.
-NOT_OPTIONS = ("format_version", "modules", "kwargs")
+NOT_OPTIONS = ("format_version", "modules", "embeddings", "kwargs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,8 @@
  *     linear_*.c                      the kernels, a file for each instruction set
  *     matmul.c                        entry points arb_linear and arb_decode
  *
+ *     int8.c                          entry point arb_int8_linear; of the files above it needs number formats only
+ *
  *     tiles.h                         tiles of rows for the binarizing code, which knows nothing of packed layers
  *     search.c, updates.c, rounding.c its entry points
  *

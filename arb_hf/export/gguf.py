@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..nn import binary_modules
+from ..format.table import unpack_table
+from ..nn import binary_modules, int8_tables
 from ..nn.offloaded import stored_tensors, stored_weight
 from .architecture import architecture_of
 from .dense import require_exportable
@@ -159,13 +160,17 @@ def _tensors(model: PreTrainedModel, decode: bool = True) -> Iterator[tuple[str,
     Without ``decode`` only the names count: binary weights stay packed, and what is on disk stays there. A head tied to
     the embedding is left out.
     """
-    binary, reads = binary_modules(model), dict(stored_tensors(model))
+    binary, tables, reads = binary_modules(model), int8_tables(model), dict(stored_tensors(model))
     for name, module in binary.items():
         yield f"{name}.weight", stored_weight(module).dequantize().cpu() if decode else module.packed["weight"]
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, table in tables.items():
+        if f"{name}.weight" not in tied:
+            stored = {part: reads[f"{name}.{part}"]() for part in table.form.tensors()} if decode else {}
+            yield f"{name}.weight", unpack_table(stored).cpu() if decode else table.weight
     for name, parameter in model.named_parameters():  # names a tied tensor once, if it is not on disk
         owner, _, part = name.rpartition(".")
-        if (owner not in binary or part == "bias") and not (parameter.is_meta and name in tied):
+        if (part == "bias" or owner not in {**binary, **tables}) and not (parameter.is_meta and name in tied):
             yield name, reads[name]().detach().float().cpu() if decode else parameter
 
 

@@ -1,4 +1,4 @@
-"""The packed format, version 1.
+"""The packed format, version 2.
 
 One linear layer ``[n, m]`` (n = out_features, m = in_features) is stored as these tensors. ``blocks`` is
 ``ceil(m / block_size)``; ``c`` is the number of salient columns of the whole layer.
@@ -38,13 +38,26 @@ Slots of ``row_parameters``: scales of the ordinary groups, then for each salien
 
 Stored bits are those of the planes, bitmaps and scales plus the padding of a plane to whole words, at most 31 columns.
 
+**Tables.** The input embedding and the head ``[rows, width]`` may be stored as int8 (since version 2;
+``embeddings`` in the config names those that are):
+
+==============  =========================  ================================================================
+tensor          type, shape                holds
+==============  =========================  ================================================================
+``weight``      int8 ``[rows, width]``     codes, -127 to 127
+``row_absmax``  float16 ``[rows]``         the largest magnitude of each row: a value is code * absmax / 127
+==============  =========================  ================================================================
+
+Where the model's own config ties the two, both are named and the tensors of one are stored, as those of dense ones are.
+
 **What a reader checks** (:mod:`arb_hf.checks`). There is little that could disagree: salient columns are a bitmap, so
 none is listed twice, and no permutation is stored. Checked are: exactly these tensors, of these types and shapes; as many
 salient columns as the config says; no bit set past the last column; finite scales; int8 codes of at most 127; a ``row_absmax``
-without a sign. Scales may have any sign, but a zero has one spelling, +0.0: the writer turns -0.0, to which a small
+without a sign; of two tied tables both or neither named, and one stored. Scales may have any sign, but a zero has one spelling, +0.0: the writer turns -0.0, to which a small
 negative scale rounds, into it, and a reader refuses it.
 
-**Format 2.** A checkpoint of version 1 loads forever, with the same bits:
+**Versions.** Version 1 had no int8 tables; the rest is the same. A checkpoint of an older version loads forever, with
+the same bits:
 
 * Whatever changes these tensors, what their bits mean, or how the config says which form they have is a new version:
   ``FORMAT_VERSION`` goes up, and :func:`pack` writes the new one only.
@@ -56,5 +69,5 @@ negative scale rounds, into it, and a reader refuses it.
   a test fails until it has.
 """
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WORD = 32  # columns per int32 word of a plane

@@ -126,8 +126,8 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         ``files`` (name -> bytes), ``options`` (the quantization config without ``modules``; None for a dense model),
-        ``kinds`` (kind of layer -> ``{"layers", "weights", "bits"}``), ``binary`` and ``kept`` (``{"tensors",
-        "weights", "bits"}``), ``bits_per_weight`` of the binary layers (None without any), ``missing`` (modules that
+        ``kinds`` (kind of layer -> ``{"layers", "weights", "bits"}``), ``binary``, ``int8`` (embeddings and heads) and
+        ``kept`` (``{"tensors", "weights", "bits"}``), ``bits_per_weight`` of the binary layers (None without any), ``missing`` (modules that
         the config names and no file holds), ``tensors`` (name -> dtype and shape) and ``report`` (of the run, or None).
 
     Raises:
@@ -141,15 +141,21 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
     modules = quantization.get("modules") or {} if isinstance(quantization, dict) else None
     if not isinstance(modules, dict):
         raise ArbFormatError("config.json: quantization_config, or its modules, is not a JSON object")
+    tables = quantization.get("embeddings") or []
+    if not isinstance(tables, list) or not all(isinstance(name, str) for name in tables):
+        raise ArbFormatError("config.json: quantization_config.embeddings is not a list of names")
     files = weight_files(folder)
     tensors: dict[str, dict[str, Any]] = {}
     for file in files:
         tensors.update(read_header(file))
     parts: dict[str, dict[str, dict[str, Any]]] = {}
     kept = {"tensors": 0, "weights": 0, "bits": 0}
+    int8 = {"tensors": 0, "weights": 0, "bits": 0}
     for name, entry in tensors.items():
         owner, _, part = name.rpartition(".")
-        if part != "bias" and _within(owner, modules):
+        if owner in tables and part in ("weight", "row_absmax"):
+            _count(int8, _product(entry["shape"]) if part == "weight" else 0, _bits(entry))
+        elif part != "bias" and _within(owner, modules):
             parts.setdefault(owner, {})[part] = entry
         else:
             _count(kept, _product(entry["shape"]), _bits(entry))
@@ -171,12 +177,13 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
         "path": str(path),
         "files": {file.name: file.stat().st_size for file in files},
         "bytes": sum(file.stat().st_size for file in files),
-        "options": {key: value for key, value in quantization.items() if key != "modules"} or None,
+        "options": {key: value for key, value in quantization.items() if key not in ("modules", "embeddings")} or None,
         "kinds": kinds,
         "binary": binary,
+        "int8": int8,
         "kept": kept,
         "bits_per_weight": binary["bits"] / binary["weights"] if binary["weights"] else None,
-        "missing": [name for name in modules if name not in covered],
+        "missing": [*(name for name in modules if name not in covered), *_missing_tables(tables, tensors)],
         "tensors": {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in tensors.items()},
         "report": read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None,
     }
@@ -192,18 +199,26 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append("not packed by arb_hf: no binary layers")
     lines += ["", f"{'kind':<28}{'layers':>8}{'weights':>16}{'bits/weight':>13}{'MB':>11}"]
     lines += [_row(kind, row["layers"], row["weights"], row["bits"]) for kind, row in summary["kinds"].items()]
-    binary, kept = summary["binary"], summary["kept"]
+    binary, int8, kept = summary["binary"], summary["int8"], summary["kept"]
     if binary["tensors"]:
         layers = sum(row["layers"] for row in summary["kinds"].values())
         lines.append(_row("all binary layers", layers, binary["weights"], binary["bits"]))
-    lines.append(_row("kept (embeddings, norms...)", "", kept["weights"], kept["bits"]))
-    total = binary["weights"] + kept["weights"], binary["bits"] + kept["bits"]
+    if int8["tensors"]:
+        lines.append(_row("int8 embeddings and heads", int8["tensors"] // 2, int8["weights"], int8["bits"]))
+    rest = "kept (norms, biases...)" if int8["tensors"] else "kept (embeddings, norms...)"
+    lines.append(_row(rest, "", kept["weights"], kept["bits"]))
+    total = (sum(each[what] for each in (binary, int8, kept)) for what in ("weights", "bits"))
     lines.append(_row("whole model", "", *total))
     if report:
         lines += ["", *_report_lines(report)]
     if summary["missing"]:
         lines += ["", f"DAMAGED: no tensors for {len(summary['missing'])} modules, first {summary['missing'][0]}"]
     return printable("\n".join(lines))
+
+
+def _missing_tables(names: Sequence[str], tensors: Mapping[str, Any]) -> list[str]:
+    """Names of int8 tables if no file holds any of them; of two that are tied the file holds one."""
+    return [] if not names or any(f"{name}.row_absmax" in tensors for name in names) else list(names)
 
 
 def _report_lines(report: Mapping[str, Any]) -> list[str]:

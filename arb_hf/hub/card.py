@@ -133,7 +133,7 @@ def _eval_result(measurement: Measurement) -> EvalResult:
 
 
 def _sizes(summary: dict[str, Any]) -> dict[str, Any]:
-    binary, kept = summary["binary"], summary["kept"]
+    binary, int8, kept = summary["binary"], summary["int8"], summary["kept"]
     options = summary["options"]
     return {
         "method_name": _method_name(options),
@@ -143,10 +143,12 @@ def _sizes(summary: dict[str, Any]) -> dict[str, Any]:
         "bits_per_weight": f"{summary['bits_per_weight']:.3f}",
         "binary_weights": f"{binary['weights']:,}",
         "binary_layers": sum(kind["layers"] for kind in summary["kinds"].values()),
+        "int8_weights": f"{int8['weights']:,}" if int8["tensors"] else None,
+        "int8_megabytes": f"{int8['bits'] / 8e6:,.1f}",
         "kept_weights": f"{kept['weights']:,}",
         "kept_megabytes": f"{kept['bits'] / 8e6:,.1f}",
         "megabytes": f"{summary['bytes'] / 1e6:,.1f}",
-        "dense_megabytes": f"{(binary['weights'] + kept['weights']) * 2 / 1e6:,.1f}",
+        "dense_megabytes": f"{(binary['weights'] + int8['weights'] + kept['weights']) * 2 / 1e6:,.1f}",
     }
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..names import kind_of
 from ..nn import BinaryExperts, BinaryLinear
+from ..nn.int8 import CURE, Int8Embedding, Int8Table
 from ..nn.scaled import ScaledLinear
 from .config import PackedLoraConfig, check_options, pattern_of
 from .layers import LAYERS, LoraBinaryStack
@@ -94,6 +95,7 @@ def resolve(model: nn.Module, given: LoraConfig) -> PackedLoraConfig:
             raise ValueError(f"{name} is offloaded, where adapters cannot follow it: load the model without offloading")
     check_options(given)
     _check_modules_to_save(given, places)
+    _check_token_indices(given, places)
     wanted, everything = copy.copy(given), _everything(given)
     modules: Any = given.target_modules
     if everything:
@@ -102,10 +104,14 @@ def resolve(model: nn.Module, given: LoraConfig) -> PackedLoraConfig:
     wanted.target_modules = modules or []
     _check_names(wanted, model, places)
     linears = [*_linears(wanted, places, everything), *_by_weight(wanted, places.binary)]
+    dense = _dense_parameters(wanted, model, places)
+    aimed_at = [*linears, *(name.rpartition(".")[0] for name in dense)]
+    table = next((name for name in aimed_at if isinstance(places.modules.get(name), Int8Table)), None)
+    if table is not None:
+        raise ValueError(f"{table} is stored as int8 and takes no adapters: leave it out; or {CURE}")
     stacks, growth = _stacks(wanted, places)
     if stacks and given.lora_bias:
         raise ValueError(f"lora_bias is not possible for stacked experts, {stacks[0]}: leave it out, or leave them out")
-    dense = _dense_parameters(wanted, model, places)
     if not linears and not stacks and not dense:
         raise ValueError(f"no module of this model is a target. {_called(places)}")
     ranks = _ranks(wanted, linears, stacks, growth)
@@ -252,6 +258,25 @@ def _check_modules_to_save(config: LoraConfig, places: Places) -> None:
             raise ValueError(
                 f"modules_to_save: {module} would train a copy of {packed[0]}, which is packed and has no gradients; "
                 "make it a target instead"
+            )
+        table = next((n for n, m in places.modules.items() if isinstance(m, Int8Table) and _is_called(n, module)), None)
+        if table is not None:
+            raise ValueError(
+                f"modules_to_save: {module} would train a copy of {table}, which is stored as int8 and has no gradients: "
+                f"{CURE}"
+            )
+
+
+def _check_token_indices(config: LoraConfig, places: Places) -> None:
+    indices: Any = config.trainable_token_indices
+    if not indices:
+        return
+    wanted = set(indices) if isinstance(indices, dict) else None  # of a list: the input embedding
+    for name, module in places.modules.items():
+        named = isinstance(module, Int8Embedding) if wanted is None else any(_is_called(name, each) for each in wanted)
+        if named and isinstance(module, Int8Table):
+            raise ValueError(
+                f"trainable_token_indices would train rows of {name}, which is stored as int8 and has no gradients: {CURE}"
             )
 
 

@@ -17,6 +17,7 @@ from ..errors import ArbCalibrationError
 from .experts import BinaryExperts, find_stacks, linear_from
 from .linear import BinaryLinear
 from .scaled import require_frozen
+from .tables import restore_tables
 
 
 def expose_linears(model: nn.Module, names: Iterable[str], verify: bool = False) -> dict[str, nn.Linear]:
@@ -131,14 +132,14 @@ def adapted_module(model: nn.Module) -> str | None:
 
 
 def replace_by_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """In place: every binary layer becomes the dense module that the model's own class has in its place."""
+    """In place: all that is packed becomes the dense module that the model's own class has in its place."""
     restore_modules(model, dtype or torch.float32)
     model._weight_conversions = None  # type: ignore[assignment]  # dense names are converted on saving again
     return model
 
 
 def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """In place: every binary linear becomes, in ``dtype``, the module that the model's own class has in its place.
+    """In place: binary linears and int8 tables become, in ``dtype``, the modules that the model's own class has there.
 
     Raises:
         ValueError: a layer is on disk (see :func:`arb_hf.nn.offloaded.fetch_all`).
@@ -155,6 +156,7 @@ def restore_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
             _put(model, name, linear if of_expert else _filled(skeleton.get_submodule(name), linear))
     for name, module in experts.items():
         _put(model, name, module.restack(skeleton.get_submodule(name)))
+    restore_tables(model, skeleton, dtype)
 
 
 def empty_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from arb_hf import native
 from arb_hf.format.form import BinaryForm
 from arb_hf.format.packing import pack_mask
-from arb_hf.kernels import binary_linear, reference
+from arb_hf.format.table import pack_table, unpack_table
+from arb_hf.kernels import binary_linear, int8_linear, reference
 from arb_hf.nn.linear import BinaryLinear
 
 SHAPES = ((576, 576), (1536, 576), (4096, 4096), (11008, 4096))
@@ -150,6 +151,26 @@ def all_linears(seconds: float, layers: int) -> dict:
     )
     speed = {name: median[name] / median["binary"] for name in ("bf16", "fp32", "operator")}
     return {"linears": len(binary), "threads": torch.get_num_threads(), "seconds": median, "speed_against": speed}
+
+
+def head(seconds: float, rows: int = 49152, width: int = 576) -> list[dict]:
+    """SmolLM2's head as int8 against the dense one, one token and a few, in each type."""
+    table = pack_table(torch.randn(rows, width, generator=torch.Generator().manual_seed(0)))
+    weight, records = unpack_table(table), []
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        dense = weight.to(dtype)
+        for tokens in (1, 4, 16, 64):
+            x = torch.randn(tokens, width).to(dtype)
+            median = interleaved(
+                {
+                    "int8": partial(int8_linear, x, table["weight"], table["row_absmax"]),
+                    "dense": partial(nn.functional.linear, x, dense),
+                },
+                seconds / 4,
+            )
+            size = {"rows": rows, "width": width, "tokens": tokens, "type": name, "threads": torch.get_num_threads()}
+            records.append(size | {"seconds": median, "share": median["int8"] / median["dense"]})
+    return records
 
 
 def binary_copy(model: nn.Module) -> nn.Module:
@@ -304,7 +325,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="numbers of threads to try"
     )
-    parser.add_argument("--only", choices=("matmul", "linears", "generate"), help="run one part only")
+    parser.add_argument("--only", choices=("matmul", "linears", "head", "generate"), help="run one part only")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plot", help="write a plot to this image (needs matplotlib)")
     options = parser.parse_args()
@@ -316,6 +337,7 @@ def main() -> None:
         "instruction_set": library,
         "matmul": [],
         "linears": [],
+        "head": [],
         "generate": [],
     }
     print(f"torch {torch.__version__}, C library: {library}")
@@ -337,6 +359,16 @@ def main() -> None:
                     f"{last['linears']} linears of SmolLM2-135M: {last['seconds']['binary'] * 1e3:.1f} ms  against {speeds}",
                     flush=True,
                 )
+            if options.only in (None, "head"):
+                records = head(seconds)
+                figures["head"].extend(records)
+                for each in records:
+                    print(
+                        f"head {each['rows']} x {each['width']}, {each['type']}, {each['tokens']:2} tokens, {threads} thread(s): "
+                        f"int8 {each['seconds']['int8'] * 1e3:.2f} ms, dense {each['seconds']['dense'] * 1e3:.2f} ms, "
+                        f"{each['share']:.2f} of it",
+                        flush=True,
+                    )
             if options.model and options.only in (None, "generate"):
                 figures["generate"].append(
                     generation(options.model, options.gguf, 64, *((16, 2) if options.quick else (64, 5)))

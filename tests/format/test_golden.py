@@ -19,7 +19,7 @@ from arb_hf.binarize.options import REFINEMENTS, SALIENT_METRICS
 from arb_hf.config import FORM_OPTIONS, PER_MODULE
 from arb_hf.format import FORMAT_VERSION
 from arb_hf.format.form import SCALE_DTYPES, BinaryForm
-from arb_hf.nn import binary_modules
+from arb_hf.nn import binary_modules, int8_tables
 from helpers.process import DATA
 
 GOLDEN = DATA / "golden"
@@ -56,6 +56,15 @@ def test_golden_files_load_bit_for_bit(name):
         assert MAKE["digest"](dense) == DIGESTS[name]["dense"][module_name], module_name
         plain = plain_decoder(module.packed, module.form)
         assert np.array_equal(dense.numpy(), plain), module_name
+    tables = int8_tables(model)
+    assert tables.keys() == set(CONFIGS[name].get("embeddings") or ()) == DIGESTS[name].get("tables", {}).keys()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for table_name, table in tables.items():
+        assert MAKE["digest"](table.dequantized()) == DIGESTS[name]["tables"][table_name]
+        if f"{table_name}.weight" not in tied:
+            codes, absmax = (tensors[f"{table_name}.{part}"] for part in ("weight", "row_absmax"))
+            plain = codes.numpy().astype(np.float32) * (absmax.numpy().astype(np.float32) / np.float32(127))[:, None]
+            assert np.array_equal(table.dequantized().numpy(), plain)
     assert model(torch.arange(6)[None]).logits.isfinite().all()
 
 
@@ -128,6 +137,23 @@ def test_every_case_of_the_generator_is_there():
 
 def test_every_format_version_has_golden_files():
     assert {config["format_version"] for config in CONFIGS.values()} == set(range(1, FORMAT_VERSION + 1))
+
+
+def test_the_first_version_loads_as_such():
+    """It knows no int8 tables; what is saved again keeps its version."""
+    old = [name for name, config in CONFIGS.items() if config["format_version"] == 1]
+    assert len(old) == 68 and not any("embeddings" in CONFIGS[name] for name in old)
+    model = arb_hf.from_pretrained(GOLDEN / "arb-rc-full")
+    config = model.config.quantization_config
+    assert (config.format_version, config.embedding_dtype, config.embeddings) == (1, "model", None)
+    assert not int8_tables(model)
+
+
+def test_int8_tables_come_tied_and_not_with_a_bias_and_alone():
+    found = {tuple(config["embeddings"]) for config in CONFIGS.values() if config.get("embeddings")}
+    assert found == {("model.embed_tokens", "lm_head"), ("lm_head",)}
+    assert "lm_head.row_absmax" not in stored("int8-tied") and "lm_head.row_absmax" in stored("int8-untied")
+    assert stored("int8-head-bias")["lm_head.bias"].dtype == torch.bfloat16
 
 
 def test_every_option_of_the_config_is_known_to_some_golden_file():

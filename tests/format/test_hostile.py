@@ -115,6 +115,92 @@ def test_values(model, name):
     refused(folder, rf"^model\.safetensors: {Q.replace('.', '[.]')}\.{part} {message}")
 
 
+TABLE, TABLE_SCALES = "model.embed_tokens.weight", "model.embed_tokens.row_absmax"
+TABLE_VALUES = {  # tensor, change, message
+    "code": (TABLE, lambda t: t[3, :1].fill_(-128), "holds the code -128"),
+    "NaN": (TABLE_SCALES, lambda t: t[:1].fill_(NAN), NOT_FINITE),
+    "infinite": (TABLE_SCALES, lambda t: t[5:6].fill_(INF), NOT_FINITE),
+    "negative": (TABLE_SCALES, lambda t: t[5:6].fill_(-1), "holds negative values"),
+    "negative zero": (TABLE_SCALES, lambda t: t[5:6].fill_(-0.0), "holds -0.0; zeros"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_VALUES)
+@pytest.mark.parametrize("golden", ["int8-tied", "int8-untied"])
+def test_values_of_int8_tables(model, golden, name):
+    tensor, change, message = TABLE_VALUES[name]
+    folder = model(golden)
+    change_tensors(folder, lambda tensors: change(tensors[tensor]))
+    refused(folder, rf"^model\.safetensors: {tensor.replace('.', '[.]')} {message}")
+
+
+TABLE_TENSORS = {  # golden model, change of the tensors, message
+    "shape": ("int8-tied", lambda t: t.update({TABLE: t[TABLE][:, :-1].contiguous()}), rf"tensor {TABLE} is I8"),
+    "rows": ("int8-tied", lambda t: t.update({TABLE_SCALES: t[TABLE_SCALES][:-1].clone()}), rf"{TABLE_SCALES} is F16"),
+    "dense": ("int8-tied", lambda t: t.update({TABLE: t[TABLE].bfloat16()}), "is BF16 .*, expected I8"),
+    "other scales": ("int8-untied", lambda t: t.update({TABLE_SCALES: t[TABLE_SCALES].float()}), "expected F16"),
+    "missing codes": ("int8-tied", lambda t: t.pop(TABLE), f"tensor {TABLE} is missing"),
+    "missing scales": ("int8-untied", lambda t: t.pop("lm_head.row_absmax"), "lm_head.row_absmax is missing"),
+    "surplus": ("int8-tied", lambda t: t.update({"model.embed_tokens.x": t[TABLE].clone()}), "surplus tensor"),
+    "tied twice": ("int8-tied", lambda t: t.update({"lm_head.weight": t[TABLE].clone()}), "surplus .* ties it to"),
+    "tied scales": ("int8-tied", lambda t: t.update({"lm_head.row_absmax": t[TABLE_SCALES] * 2}), "surplus .* ties it"),
+    "bias": ("int8-head-bias", lambda t: t["lm_head.bias"].fill_(INF), "lm_head.bias holds NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_TENSORS)
+def test_tensors_of_int8_tables(model, name):
+    golden, change, message = TABLE_TENSORS[name]
+    folder = model(golden)
+    change_tensors(folder, change)
+    refused(folder, rf"^model\.safetensors: .*{message}")
+
+
+TABLE_NAMES = {  # golden model, quantization_config's embeddings or another option, message
+    "no table": ("int8-tied", {"embeddings": ["model.norm"]}, "names 'model.norm': not the input embedding"),
+    "no module": ("int8-tied", {"embeddings": ["x"]}, "names 'x': not the input embedding, and not the head"),
+    "half of two": ("int8-tied", {"embeddings": ["lm_head"]}, "lacks model.embed_tokens, which is tied to it"),
+    "other half": ("int8-tied", {"embeddings": ["model.embed_tokens"]}, "lacks lm_head, which is tied to it"),
+    "twice": ("int8-tied", {"embeddings": ["lm_head", "lm_head"]}, "each name once"),
+    "binary too": ("int8-tied", {"embeddings": [Q]}, "none that is in modules"),
+    "no list": ("int8-tied", {"embeddings": "lm_head"}, "a list of module names"),
+    "old version": ("int8-tied", {"format_version": 1}, "format_version 1 has no int8 embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_NAMES)
+def test_names_of_int8_tables(model, name):
+    golden, options, message = TABLE_NAMES[name]
+    folder = model(golden)
+    change_json(folder / "config.json", lambda tree: tree["quantization_config"].update(options))
+    refused(folder, rf"^config\.json: .*{message}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_int8_tables_that_the_config_denies(model):
+    """Dense ones are then expected."""
+    folder = model("int8-tied")
+    change_json(folder / "config.json", lambda tree: tree["quantization_config"].update(embeddings=None))
+    refused(folder, r"^model\.safetensors: tensor model\.embed_tokens\.weight is I8 .*, expected a floating type")
+
+
+@pytest.mark.parametrize(("golden", "claim"), [("int8-tied", False), ("int8-untied", True)])
+def test_a_tie_that_the_models_config_claims_otherwise(model, golden, claim):
+    folder = model(golden)
+    change_json(folder / "config.json", lambda tree: tree.update(tie_word_embeddings=claim))
+    refused(folder, r"^model\.safetensors: .*(lm_head\.\w+ is missing|surplus tensor lm_head\.\w+)")
+
+
+def test_inspect_counts_int8_tables(model, capsys):
+    folder = model("int8-untied")
+    assert "int8 embeddings and heads" in inspected(folder, capsys)
+    summary = inspect_folder(folder)
+    assert summary["int8"] == {"tensors": 4, "weights": 2 * 24 * 36, "bits": 2 * 24 * (36 * 8 + 16)}
+    assert summary["missing"] == []
+    change_json(folder / "config.json", lambda tree: tree["quantization_config"].update(embeddings=[3]))
+    assert "embeddings is not a list of names" in inspected(folder, capsys)
+
+
 def test_an_infinite_bias(model):
     folder = model("biases")
     change_tensors(folder, lambda tensors: tensors[f"{Q}.bias"].fill_(float("inf")))
@@ -214,7 +300,7 @@ OPTIONS = {  # option: hostile values
     "scale_dtype": ("float64", 16, None, ["float16"]),
     "group_bitmap": ("true", 1, None),
     "column_group_bitmap": (0, "no"),
-    "format_version": (2, 10**30, 0, -1, "1", None, 1.0),
+    "format_version": (3, 10**30, 0, -1, "1", None, 1.0),
     "modules": (
         None, {}, [], "x", 5, [Q], {Q: None}, {Q: 3}, {Q: {}}, {Q: {"salient_columns": -1}},
         {"": {"salient_columns": 1}}, {Q: {"salient_columns": 1.0}}, {Q: {"salient_columns": 2**40}},
@@ -253,11 +339,11 @@ def test_other_options_than_the_tensors_were_made_with(model):
 def test_the_message_of_a_future_version(model):
     folder = model()
     change_json(
-        folder / "config.json", lambda tree: tree["quantization_config"].update(format_version=2, method="arb-9")
+        folder / "config.json", lambda tree: tree["quantization_config"].update(format_version=3, method="arb-9")
     )
     refused(
         folder,
-        r"^config\.json: format_version 2 is newer than 1, the newest this arb_hf reads: pip install --upgrade arb_hf$",
+        r"^config\.json: format_version 3 is newer than 2, the newest this arb_hf reads: pip install --upgrade arb_hf$",
     )
 
 

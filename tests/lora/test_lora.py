@@ -13,11 +13,12 @@ import arb_hf
 from arb_hf import scales
 from arb_hf.format.form import BinaryForm
 from arb_hf.report import Measurement
+from helpers import tiny
 from helpers.byte_model import byte_tokens, logits, save_byte_model, train
 
 pytest.importorskip("peft")
 lora = pytest.importorskip("arb_hf.lora")
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT's
@@ -292,3 +293,47 @@ def test_a_dense_model_is_refused(tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(save_byte_model(tmp_path / "dense"))
     with pytest.raises(ValueError, match="no binary layers"):
         lora.lora_config(dense)
+
+
+@pytest.fixture(scope="module")
+def with_tables(tmp_path_factory):
+    """Folder of a packed model whose embedding and head are int8."""
+    folder = tmp_path_factory.mktemp("tables")
+    tiny.save_model(folder / "dense", layers=1, tie_word_embeddings=False)
+    options = {"refinement": "full", "scale_dtype": "int8", "tune_steps": 0}
+    arb_hf.save_pretrained(tiny.binarize(folder / "dense", **options), None, folder / "packed")
+    return folder / "packed"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [1, 2]},
+        {"trainable_token_indices": {"embed_tokens": [1]}},
+    ],
+    ids=str,
+)
+def test_int8_tables_take_no_adapters_and_say_what_to_do(with_tables, options):
+    with pytest.raises(ValueError, match=r"stored as int8 .*embedding_dtype=.*arb_hf\.dequantize"):
+        lora.add_lora(arb_hf.from_pretrained(with_tables), r=2, **options)
+
+
+def test_adapters_beside_int8_tables_train_and_merge(with_tables):
+    ids = torch.arange(12)[None]
+    model = arb_hf.from_pretrained(with_tables, dtype=torch.float32)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    adapted = lora.add_lora(model, r=2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    gradients = [each.grad for name, each in adapted.named_parameters() if "lora_" in name]
+    assert all(each is not None and each.norm() > 0 for each in gradients)
+    expected = adapted.eval()(ids).logits.detach()
+    merged = lora.merge_lora(adapted)(ids).logits
+    assert (merged - expected).norm() < 1e-2 * expected.norm()

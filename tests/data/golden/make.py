@@ -25,13 +25,15 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
 )
 
 from arb_hf import ArbConfig
 from arb_hf.binarize.methods import METHODS
 from arb_hf.format.form import SCALE_DTYPES
-from arb_hf.nn import binary_modules
+from arb_hf.nn import binary_modules, int8_tables
 
 HERE = Path(__file__).parent
 VOCABULARY = 24
@@ -76,6 +78,17 @@ def cases() -> dict[str, Case]:
     found["wide-means-one-group"] = ("llama", {"intermediate_size": 301}, {"method": "arb"} | GROUPINGS["one"])
     found["experts"] = ("mixtral", {"hidden_size": 48, "intermediate_size": 40}, {})
     found["conv1d"] = ("gpt2", {}, {})
+    # Version 2 of the format: int8 embeddings and heads. The files above are of version 1, and were made before.
+    tables = {"refinement": "full", "tune_steps": 0, "scale_dtype": "int8", "embedding_dtype": "int8"}
+    found["int8-tied"] = ("llama", {}, tables)
+    found["int8-untied"] = ("llama", {"tie_word_embeddings": False}, tables)
+    found["int8-head-bias"] = ("phi", {"tie_word_embeddings": False, "hidden_act": "silu"}, tables)
+    found["int8-head-only"] = (
+        "llama",
+        {"tie_word_embeddings": False},
+        tables | {"overrides": {"*.embed_tokens": None}},
+    )
+    found["int8-none"] = ("llama", {}, {"embedding_dtype": "model"})
     return found
 
 
@@ -92,6 +105,9 @@ def dense_model(family: str, options: dict[str, Any]) -> PreTrainedModel:
             common |= {"num_attention_heads": 6, "num_key_value_heads": 2} | options
             if family == "llama":
                 model = LlamaForCausalLM(LlamaConfig(**common))
+            elif family == "phi":
+                model = PhiForCausalLM(PhiConfig(**common, partial_rotary_factor=1.0))
+                model.lm_head.bias.data.normal_()
             else:
                 model = MixtralForCausalLM(MixtralConfig(**common, num_local_experts=3, num_experts_per_tok=2))
     return model.to(torch.bfloat16).eval()
@@ -115,6 +131,7 @@ def make(folder: Path, family: str, model_options: dict[str, Any], options: dict
     return {
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
         "dense": {name: digest(module.binary_weight().dequantize()) for name, module in binary_modules(model).items()},
+        "tables": {name: digest(module.dequantized()) for name, module in int8_tables(model).items()},
     }
 
 
