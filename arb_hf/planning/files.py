@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
 from ..architecture import input_embeddings
 from ..checks import SAFETENSORS_TYPES
@@ -68,7 +69,10 @@ def weight_files(model: PreTrainedModel, layers: str, max_shard_size: int | str)
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of a model's files in the order of its state dict; tied ones once, under the name that is not tied."""
+    """The tensors of a model's files; tied ones once, under the name that is not tied.
+
+    In the order in which transformers fills shards with those of a model in memory.
+    """
     ignored = set(model._keys_to_ignore_on_save or ())
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     holders: dict[int, list[str]] = {}
@@ -76,7 +80,8 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         holders.setdefault(id(tensor), []).append(name)
     twice = {name for names in holders.values() for name in _copies(names, tied)}
-    return {name: tensor.detach() for name, tensor in tensors.items() if name not in twice}
+    names = sorted(tensors.keys() - twice, key=dot_natural_key)
+    return {name: tensors[name].detach() for name in names}
 
 
 def _copies(names: list[str], tied: set[str]) -> list[str]:

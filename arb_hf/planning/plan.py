@@ -30,7 +30,7 @@ from .skeleton import skeleton_like, skeleton_of
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 # What configs call the number of experts that a token is routed to.
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-UNTIED = 0.25  # share of the experts that a token is taken to reach where the config does not say
+UNKNOWN_SHARE = 0.25  # share of the experts that a token is taken to reach where the config does not say
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,10 @@ def plan(
         OSError: there is no such model, or no access to it.
     """
     config = ArbConfig() if config is None else config
-    loaded = isinstance(model, PreTrainedModel)
-    empty = skeleton_like(model) if loaded else skeleton_of(model, dtype, trust_remote_code)
+    if isinstance(model, PreTrainedModel):
+        empty = skeleton_like(model)
+    else:
+        empty = skeleton_of(model, dtype, trust_remote_code)
     prefix, layers = find_decoder_layers(empty)
     skip = HfQuantizer.get_modules_to_not_convert(empty, config.modules_to_not_convert, add_default_skips=True)
     coverage = survey(empty, prefix, layers, config, skip)
@@ -209,7 +211,7 @@ def _active(model: PreTrainedModel, coverage: Coverage) -> float:
     kind, layer = kind_of(experts[0].name), experts[0].layer
     count = sum(each.layer == layer and kind_of(each.name) == kind for each in experts)
     chosen = next((value for name in CHOSEN if isinstance(value := field(model, name), int)), None)
-    return UNTIED if chosen is None else min(chosen / count, 1.0)
+    return UNKNOWN_SHARE if chosen is None else min(chosen / count, 1.0)
 
 
 def _device(device_map: Any) -> torch.device:
