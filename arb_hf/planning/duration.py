@@ -22,15 +22,15 @@ from ..coverage import Matrix
 from ..names import kind_of
 
 SIZE, TIMES = 1024, 3  # of the measured product
-# Fitted, in operations: of factorizing per cubed width; of binarizing per weight, and per weight and column of the matrix
-# (by "full", by "paper"); of tuning per weight and step, for the latent weights; and of every matrix, for calls.
-FACTOR = 8.0
-PER_WEIGHT = {"full": 20_000.0, "paper": 20_000.0}
-PER_WEIGHT_AND_COLUMN = {"full": 9.0, "paper": 3.0}
-LATENT = 2_000.0
+# Fitted, in operations that take as long as the measured product's.
+FACTOR = 4.0  # factorizing, per cubed width of the inputs
+PER_WEIGHT = {"full": 105_000.0, "paper": 33_000.0}  # binarizing, beside the next
+PER_WEIGHT_AND_COLUMN = {"full": 9.0, "paper": 3.0}  # its matrix products
+LATENT = 6_000.0  # tuning, per weight and step, for the latent weights
+ELEMENT = 600.0  # a pass, per number that goes into a matrix or comes out: norms, activations, attention
+PASS_SHARE = 0.5  # of the measured speed that the matrix products of a pass reach
+SUM_SHARE = 0.6  # of the full square that X^T X computes
 PER_CALL = 5e-5  # seconds, of one matrix and one batch
-PASS_SHARE = 0.2  # of the speed of one large product that a pass through a decoder layer reaches
-SUM_SHARE = 0.6  # of the full square, for X^T X
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def _layer(
     def passes(count: float, of: float = 1.0) -> float:
         """Seconds of ``count`` passes of a share ``of`` the tokens through the layer."""
         work = sum(2 * each.weights * shares[each.name] for each in layer) * tokens
-        return count * of * (work / (speed.model * PASS_SHARE) + called)
+        numbers = sum((each.in_features + _outputs(each)) * shares[each.name] for each in layer) * tokens
+        return count * of * (work / (speed.model * PASS_SHARE) + ELEMENT * numbers / speed.float32 + called)
 
     inputs = list(_inputs(binary))
     sums = sum(2 * each.in_features**2 * _seen(each, tokens, shares[each.name]) * SUM_SHARE for each in inputs)
@@ -123,6 +124,10 @@ def _layer(
         products = 6 * weights * tokens / speed.float32  # of best_alone and stored_errors
         seconds["tune"] = gradients + passes(CHECKS + 2, of=1 / HELD_OUT) + passes(2) + products
     return seconds
+
+
+def _outputs(matrix: Matrix) -> int:
+    return matrix.weights // max(matrix.in_features, 1)
 
 
 def _seen(matrix: Matrix, tokens: int, share: float) -> float:

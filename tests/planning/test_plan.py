@@ -138,7 +138,6 @@ def test_nothing_but_the_config_is_fetched_from_the_hub(tmp_path):
         made.commit("main", files, "a model")
         hub.repositories["me/model"] = made
 
-
         def planned(name: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "arb_hf", "plan", name, "--sequence-length", "32", "--json"]
             environment = hub.environment(tmp_path / "home")
