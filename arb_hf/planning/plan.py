@@ -133,10 +133,7 @@ def plan(
         OSError: there is no such model, or no access to it.
     """
     config = ArbConfig() if config is None else config
-    if isinstance(model, PreTrainedModel):
-        empty = skeleton_like(model)
-    else:
-        empty = skeleton_of(model, dtype, trust_remote_code)
+    empty = skeleton_like(model) if isinstance(model, PreTrainedModel) else skeleton_of(model, dtype, trust_remote_code)
     prefix, layers = find_decoder_layers(empty)
     skip = HfQuantizer.get_modules_to_not_convert(empty, config.modules_to_not_convert, add_default_skips=True)
     coverage = survey(empty, prefix, layers, config, skip)

@@ -157,13 +157,13 @@ class TestErrors:
 
     def test_a_packed_model_is_refused(self, tmp_path):
         packed = save_packed(tmp_path)
-        with pytest.raises(ValueError, match="is quantized already \\(quant_method 'arb_hf'\\)"):
+        with pytest.raises(ValueError, match=r"is quantized already \(quant_method 'arb_hf'\)"):
             arb_hf.plan(packed)
         with pytest.raises(ValueError, match="is quantized already"):
             arb_hf.plan(arb_hf.from_pretrained(packed))
 
     def test_no_model_is_none(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="there is no folder ./nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder \./nowhere"):
             arb_hf.plan("./nowhere")
         with pytest.raises(OSError, match=r"has no config\.json|does not load"):
             arb_hf.plan(tmp_path)
