@@ -7,6 +7,7 @@ Where things are, from the roof to the ground; a room imports from rooms below i
 ==================================  =====================================================================================
 ``cli``                             ``arb-hf``: ``parser`` answers at once, ``commands`` does the work
 ``lora``, ``scales``                training: adapters on a packed model, or its own scales at the same bits
+``planning``                        what a run would give, without the weights
 ``hub``                             loading with checks, publishing, the model card
 ``quantizer``                       transformers' hooks; thin
 ``export``, ``evaluate``, ``bits``  other formats; perplexity and accuracy; true bits of a model
@@ -40,6 +41,7 @@ from .hub.load import from_pretrained, load_report
 from .hub.publish import push_folder, push_to_hub
 from .hub.save import save_pretrained
 from .nn.swap import dequantize
+from .planning import ModelPlan, plan
 from .quantizer import ArbHfQuantizer
 from .report import ArbReport
 
@@ -52,6 +54,7 @@ __all__ = [
     "ArbReport",
     "ArbUploadError",
     "BinaryWeight",
+    "ModelPlan",
     "binarize_weight",
     "bits_per_weight",
     "dequantize",
@@ -60,6 +63,7 @@ __all__ = [
     "from_pretrained",
     "load_report",
     "nn",
+    "plan",
     "push_folder",
     "push_to_hub",
     "save_pretrained",

@@ -124,6 +124,16 @@ def test_reading_of_text(tmp_path):
     assert max(memory[name] for name in memory if name.startswith("calibration")) < memory["one string"] / 2
 
 
+def test_plan_against_run(tmp_path):
+    program = EXAMPLES / "benchmarks" / "planning.py"
+    done = subprocess.run(
+        [sys.executable, program, "--quick"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[4:]]
+    ratios = {row[0]: row[-1] for row in rows}
+    assert ratios["bytes"] == ratios["bits"] == "1.00"
+
+
 def test_ablation(benchmark):
     assert "column feedback" in benchmark("benchmarks/ablation", "--layers", 0, "--windows", 1)
     two = ("--variants", "published", "only column feedback")

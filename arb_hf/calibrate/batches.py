@@ -52,14 +52,14 @@ def load_batches(
             longer than the model takes.
     """
     if is_text_by_name(config.dataset):  # before it is downloaded or opened
-        _require_length(config, max_length)
+        require_length(config, max_length)
     try:
         source = open_data(config.dataset)
         tokens_given = isinstance(source, Rows) and source.hold_tokens()
         if isinstance(source, Rows) and tokens_given:
             samples = list(itertools.islice(_token_samples(source), config.num_samples))
         else:
-            _require_length(config, max_length)
+            require_length(config, max_length)
             tokenizer = load_tokenizer()
             samples = _text_samples(as_text(source, tokenizer), tokenizer, config)
     except ArbCalibrationError:
@@ -72,7 +72,12 @@ def load_batches(
     return _batched(samples, config.batch_size)
 
 
-def _require_length(config: ArbConfig, max_length: int | None) -> None:
+def require_length(config: ArbConfig, max_length: int | None) -> None:
+    """Refuse windows of text that are longer than the model takes.
+
+    Raises:
+        ArbCalibrationError: naming both lengths.
+    """
     if max_length is not None and config.sequence_length > max_length:
         raise ArbCalibrationError(
             f"sequence_length={config.sequence_length} is longer than the model takes ({max_length} positions)"

@@ -34,10 +34,9 @@ from ..text import load_tokenizer, plain_tokenizer
 from .batches import Batch, load_batches
 from .capture import capture
 from .decoder import find_decoder_layers, survey
-from .hessians import has_experts
 from .layer import binarize_layer
 from .offload import fetch_outside
-from .plan import check_plan, make_plan, spool_folder
+from .plan import check_plan, full_layers, make_plan, spool_folder, tunable_layers
 from .processes import Processes
 from .resume import LayerStore, explained_stops, fingerprint
 from .spool import Spool
@@ -144,7 +143,8 @@ def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.Exi
         stack.callback(run.store.close)
     matrices = [each for each in run.coverage.matrices if each.kept is None]
     run.tunable = _tunable(run, matrices, len(everything) // processes.count)
-    plan = make_plan(run.model, matrices, batches, config, processes.count, bool(run.tunable))
+    tokens = [batch.input_ids.numel() for batch in batches]
+    plan = make_plan(run.model, matrices, tokens, config, processes.count, bool(run.tunable))
     finished = 0 if run.store is None else len(run.store.finished()) / len(run.layers)
     check_plan(plan, config, finished, processes.count, run.device)
     if finished:
@@ -153,28 +153,22 @@ def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.Exi
 
 
 def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[int]:
-    """Indices of the decoder layers to tune: those with matrices refined by "full" and without experts.
-
-    Args:
-        batches: number of batches of the process that has the fewest; one of them is held out.
-    """
+    """:func:`tunable_layers` of a run, and words in the log about what is not tuned."""
     if not run.config.tune_steps:
         return frozenset()
-    full = {each.layer for each in matrices if run.config.options(each.name).refinement == "full"}
-    left_out = {index for index in full if has_experts(run.layers[index])}
+    tuned, left_out = tunable_layers(run.layers, matrices, run.config, batches)
     if left_out:
         logger.warning(
             "%d of %d decoder layers are not tuned: routing tokens to experts has no gradient",
             len(left_out),
-            len(full),
+            len(full_layers(matrices, run.config)),
         )
     if batches < 2:
         logger.warning(
             "nothing is tuned: a process has a single batch of calibration data, and one is held out. "
             "Lower batch_size or raise num_samples, or set tune_steps=0"
         )
-        return frozenset()
-    return frozenset(full - left_out)
+    return tuned
 
 
 def _surroundings(run: Run, report: ArbReport) -> dict[str, Any]:

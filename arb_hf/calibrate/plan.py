@@ -16,10 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import hidden_size
+from ..binarize.counts import salient_columns
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
-from .batches import Batch
+from .hessians import has_experts
 from .spool import memory_budget
 
 logger = logging.getLogger(__name__)
@@ -76,13 +77,19 @@ class Plan:
 def make_plan(
     model: PreTrainedModel,
     matrices: Sequence[Matrix],
-    batches: Sequence[Batch],
+    batches: Sequence[int],
     config: ArbConfig,
     processes: int,
     tuned: bool,
 ) -> Plan:
-    """The plan of a run of which this process has ``batches``; ``tuned``: layers are tuned after they are binarized."""
-    tokens = sum(batch.input_ids.numel() + 64 for batch in batches)
+    """The plan of a run.
+
+    Args:
+        matrices: what is binarized.
+        batches: tokens of each calibration batch of this process, with padding.
+        tuned: whether layers are tuned after they are binarized.
+    """
+    tokens = sum(each + 64 for each in batches)
     hidden = hidden_size(model)
     followed = 2 if tuned else 1  # hidden states of the binarized model, and of the full-precision one
     activations = int(tokens * hidden * model.dtype.itemsize) * followed
@@ -101,6 +108,25 @@ def make_plan(
         working=max(_working_bytes(layer, model.dtype.itemsize, tuned) for layer in layers.values()),
         checkpoint=packed if config.checkpoint_dir else 0,
     )
+
+
+def full_layers(matrices: Sequence[Matrix], config: ArbConfig) -> frozenset[int]:
+    """Indices of the decoder layers with matrices that are binarized by ``refinement="full"``."""
+    return frozenset(each.layer for each in matrices if config.options(each.name).refinement == "full")
+
+
+def tunable_layers(
+    layers: nn.ModuleList, matrices: Sequence[Matrix], config: ArbConfig, batches: int
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Indices of the decoder layers to tune, and of those that are not for having experts.
+
+    Args:
+        matrices: what is binarized.
+        batches: number of calibration batches of the process that has the fewest; one of them is held out.
+    """
+    full = full_layers(matrices, config) if config.tune_steps else frozenset()
+    left_out = frozenset(index for index in full if has_experts(layers[index]))
+    return (full - left_out if batches > 1 else frozenset()), left_out
 
 
 def check_plan(plan: Plan, config: ArbConfig, finished: float, processes: int, device: torch.device) -> None:
@@ -155,12 +181,9 @@ def spool_folder(config: ArbConfig) -> str:
 
 
 def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
-    """Upper bound: with every salient column that the options allow."""
-    options = config.options(matrix.name)
-    starts = range(0, matrix.in_features, options.block_size)
-    widths = [min(options.block_size, matrix.in_features - start) for start in starts]
-    most = sum(min(options.max_salient_columns, width) for width in widths)
-    return options.form(matrix.weights // matrix.in_features, matrix.in_features, most).bits() // 8
+    """Upper bound: with every salient column that a run can choose."""
+    options, n = config.options(matrix.name), matrix.weights // matrix.in_features
+    return options.form(n, matrix.in_features, salient_columns(n, matrix.in_features, options).most).bits() // 8
 
 
 def _working_bytes(layer: list[Matrix], itemsize: int, tuned: bool) -> int:

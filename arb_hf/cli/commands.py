@@ -34,8 +34,11 @@ from ..format.headers import REPORT_FILE, inspect_folder
 from ..hub.load import from_pretrained, load_report
 from ..hub.publish import push_folder
 from ..hub.save import require_arguments, save_pretrained, write_card
+from ..hub.source import naming, read_config
+from ..planning import ModelPlan
+from ..planning import plan as make_plan
 from ..report import ArbReport, Measurement, plot_comparison
-from .loading import find_processor, find_tokenizer, load, naming, need, read_config, refuse_quantized
+from .loading import find_processor, find_tokenizer, load, need
 
 logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,27 +47,48 @@ Said = tuple[dict[str, Any], str]
 
 def run(args: argparse.Namespace) -> Said:
     """Run the command that was asked for."""
-    commands = {each.__name__: each for each in (quantize, evaluate, compare, push, export)}
+    commands = {each.__name__: each for each in (quantize, plan, evaluate, compare, push, export)}
     with _progress():
         return commands[args.command](args)
 
 
 def quantize(args: argparse.Namespace) -> Said:
     """``arb-hf quantize``: everything that can be refused is refused before the model is loaded."""
-    options = {name.removeprefix("config."): value for name, value in vars(args).items() if name.startswith("config.")}
     dtype, out = _dtype(args), Path(args.out)
-    try:
-        config = ArbConfig(**options)
-    except ValueError as error:
-        args.usage_error(str(error))
-    try:
-        require_arguments(None, args.base_model, {"max_shard_size": args.max_shard_size})
-    except ValueError as error:
-        args.usage_error(str(error))
+    config = _config(args)
     _refuse_existing(args, out)
-    refuse_quantized(args.model, args.trust_remote_code)
+    logger.info("the plan of this run\n%s", _planned(args, config, dtype))
     with _writable(out, args.model):
         return _quantize(args, config, dtype, out)
+
+
+def plan(args: argparse.Namespace) -> Said:
+    """``arb-hf plan``: what ``quantize`` with these options would give."""
+    dtype = _dtype(args)
+    made = _planned(args, _config(args), dtype)
+    return made.to_dict(), str(made)
+
+
+def _config(args: argparse.Namespace) -> ArbConfig:
+    """The options of the run; wrong ones, and a wrong size of files, end the command."""
+    options = {name.removeprefix("config."): value for name, value in vars(args).items() if name.startswith("config.")}
+    try:
+        config = ArbConfig(**options)
+        require_arguments(None, vars(args).get("base_model"), {"max_shard_size": args.max_shard_size})
+    except ValueError as error:
+        args.usage_error(str(error))
+    return config
+
+
+def _planned(args: argparse.Namespace, config: ArbConfig, dtype: Any) -> ModelPlan:
+    return make_plan(
+        args.model,
+        config,
+        dtype=dtype,
+        device_map=args.device_map,
+        max_shard_size=args.max_shard_size,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def _quantize(args: argparse.Namespace, config: ArbConfig, dtype: Any, out: Path) -> Said:

@@ -95,7 +95,8 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 def add_commands(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> Any:
     """Give ``parser`` the commands; returns argparse's object that holds them.
 
-    Options of ``quantize`` are ArbConfig's, read from it (which imports torch) only if ``argv`` is that command.
+    Options of ``quantize`` and ``plan`` are ArbConfig's, read from it (which imports torch) only if ``argv`` is that
+    command.
     """
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (help_text, examples, add_arguments) in COMMANDS.items():
@@ -107,7 +108,7 @@ def add_commands(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> A
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_arguments(command)
-        if name == "quantize" and list(argv[:1]) == ["quantize"]:
+        if name in CONFIGURED and list(argv[:1]) == [name]:
             add_config_options(command)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -135,6 +136,14 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--evaluate", metavar="TEXT", help="measure perplexity on TEXT before and after, for the card")
     _windows(parser)
+    _trust(parser)
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="name on the Hub or folder of the original; only its config.json is read")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--device-map", help="as for from_pretrained: auto, cpu, cuda:0 ...")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     _trust(parser)
 
 
@@ -205,6 +214,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _trust(parser)
 
 
+CONFIGURED = ("quantize", "plan")  # commands that take ArbConfig's options
 Add = Callable[[argparse.ArgumentParser], None]
 COMMANDS: dict[str, tuple[str, str, Add]] = {
     "quantize": (
@@ -216,6 +226,12 @@ COMMANDS: dict[str, tuple[str, str, Add]] = {
         '      --overrides \'{"model.layers.0": null, "*.down_proj": {"block_size": 64}}\'\n'
         "  accelerate launch -m arb_hf quantize ./model ./model-arb --checkpoint-dir ./resume",
         _quantize,
+    ),
+    "plan": (
+        "say what a run would give: what is binarized, bits, file sizes, memory, time; reads no weights",
+        "  arb-hf plan HuggingFaceTB/SmolLM2-135M-Instruct\n"
+        "  arb-hf plan ./model --refinement full --scale-dtype int8 --no-group-bitmap --json",
+        _plan,
     ),
     "evaluate": (
         "measure perplexity and zero-shot accuracy",

@@ -7,6 +7,8 @@ on the output error of the whole matrix, ``tr((W - Q) H (W - Q)^T)``: scales, th
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -60,22 +62,27 @@ def _curvature(hessian: Tensor | None, factor: HessianFactor) -> Tensor:
 
 
 def choose_salient_columns(weight: Tensor, factor: HessianFactor, options: BinarizeOptions) -> Tensor:
-    """The columns that get a second sign, bool ``[m]``: the most salient of the whole matrix, not of every block.
+    """The columns that get a second sign, bool ``[m]``: the most salient of the whole matrix, not of every block."""
+    n, m = weight.shape
+    metric = saliency(weight, factor.upper.diagonal(), options.salient_metric).abs().sum(0)
+    salient = torch.zeros(m, dtype=torch.bool, device=weight.device)
+    salient[metric.topk(count_salient_columns(n, m, options)).indices] = True
+    return salient
+
+
+@functools.lru_cache(maxsize=256)
+def count_salient_columns(n: int, m: int, options: BinarizeOptions) -> int:
+    """How many columns of a matrix ``[n, m]`` get a second sign; the weights have no say in it.
 
     As many as bring the stored bits to those of the published form (float16 scales, 4.5 % of the columns salient), so
     that bits saved on scales are spent here; ``max_salient_columns`` per block on average at most.
     """
-    n, m = weight.shape
-    published = options.form(n, m, round(PUBLISHED_SALIENT * m), scale_dtype="float16").bits()
     limit = min(m, options.max_salient_columns * -(-m // options.block_size))
     if options.group_bitmap and not options.column_group_bitmap:
-        count = round(FREE_SALIENT * m)
-    else:
-        count = sum(options.form(n, m, each).bits() <= published for each in range(1, m + 1))
-    metric = saliency(weight, factor.upper.diagonal(), options.salient_metric).abs().sum(0)
-    salient = torch.zeros(m, dtype=torch.bool, device=weight.device)
-    salient[metric.topk(min(count, limit)).indices] = True
-    return salient
+        return min(round(FREE_SALIENT * m), limit)
+    published = options.form(n, m, round(PUBLISHED_SALIENT * m), scale_dtype="float16").bits()
+    # Bits grow with the columns, so those that fit are the first ones.
+    return min(bisect.bisect_right(range(1, m + 1), published, key=lambda c: options.form(n, m, c).bits()), limit)
 
 
 def spans(size: int, block_size: int) -> list[slice]:

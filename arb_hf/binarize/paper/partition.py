@@ -40,6 +40,13 @@ def find_salient_columns(metric: Tensor, limit: int) -> Tensor:
     return salient
 
 
+def salient_bounds(m: int, block_size: int, limit: int) -> tuple[int, int]:
+    """The fewest and the most columns that :func:`find_salient_columns` marks in all blocks of a matrix of ``m``."""
+    widths = [min(block_size, m - start) for start in range(0, m, block_size)]
+    most = [max(min(limit, width) - 1, 0) for width in widths]
+    return sum(min(1, each) for each in most), sum(most)
+
+
 def first_smallest(errors: Tensor, metric: Tensor) -> int:
     """The first candidate of smallest mean error, as float32: the published search compares those, ties and all."""
     return int((errors / metric.numel()).to(torch.float32).argmin())
