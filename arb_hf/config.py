@@ -26,7 +26,7 @@ MAX_BLOCK_SIZE = 65536
 # Objects a user may pass that have no place in JSON; copies of the config share them.
 SHARED = ("dataset", "tokenizer")
 # Options that a module may have for itself, and those of them that its packed form depends on.
-PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions))
+PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions) if field.name != "salient_columns")
 FORM_OPTIONS = ("method", "block_size", "group_bitmap", "column_group_bitmap", "scale_dtype")
 # Options that have one of a few names.
 CHOICES = {

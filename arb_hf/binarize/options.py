@@ -14,7 +14,11 @@ REFINEMENTS = ("paper", "full")
 
 @dataclass(frozen=True)
 class BinarizeOptions:
-    """How one weight matrix is binarized. Checked by :class:`arb_hf.ArbConfig`, which documents each field."""
+    """How one weight matrix is binarized. Checked by :class:`arb_hf.ArbConfig`, which documents each field but the last.
+
+    ``salient_columns``: the number of salient columns that ``refinement="full"`` takes; None: as many as bring the
+    stored bits to those of the published form. A run with ``bits`` sets it for each matrix.
+    """
 
     method: str = "arb-rc"
     block_size: int = 128
@@ -26,6 +30,7 @@ class BinarizeOptions:
     damping: float = 0.01
     refinement: str = "paper"
     scale_dtype: str = "float16"
+    salient_columns: int | None = None
 
     @classmethod
     def of(cls, config: Any) -> BinarizeOptions:
@@ -33,7 +38,7 @@ class BinarizeOptions:
         return (
             config
             if isinstance(config, cls)
-            else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+            else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__ if hasattr(config, name)})
         )
 
     def form(

@@ -60,22 +60,29 @@ def _curvature(hessian: Tensor | None, factor: HessianFactor) -> Tensor:
 
 
 def choose_salient_columns(weight: Tensor, factor: HessianFactor, options: BinarizeOptions) -> Tensor:
-    """The columns that get a second sign, bool ``[m]``: the most salient of the whole matrix, not of every block.
+    """The columns that get a second sign, bool ``[m]``: the most salient of the whole matrix, not of every block."""
+    count = count_salient_columns(*weight.shape, options)
+    metric = saliency(weight, factor.upper.diagonal(), options.salient_metric).abs().sum(0)
+    salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    salient[metric.topk(count).indices] = True
+    return salient
 
-    As many as bring the stored bits to those of the published form (float16 scales, 4.5 % of the columns salient), so
-    that bits saved on scales are spent here; ``max_salient_columns`` per block on average at most.
+
+def count_salient_columns(n: int, m: int, options: BinarizeOptions) -> int:
+    """How many columns of a matrix ``[n, m]`` get a second sign: ``options.salient_columns``, where that is a number.
+
+    Else as many as bring the stored bits to those of the published form (float16 scales, 4.5 % of the columns salient),
+    so that bits saved on scales are spent here; ``max_salient_columns`` per block on average at most.
     """
-    n, m = weight.shape
+    if options.salient_columns is not None:
+        return options.salient_columns
     published = options.form(n, m, round(PUBLISHED_SALIENT * m), scale_dtype="float16").bits()
     limit = min(m, options.max_salient_columns * -(-m // options.block_size))
     if options.group_bitmap and not options.column_group_bitmap:
         count = round(FREE_SALIENT * m)
     else:
         count = sum(options.form(n, m, each).bits() <= published for each in range(1, m + 1))
-    metric = saliency(weight, factor.upper.diagonal(), options.salient_metric).abs().sum(0)
-    salient = torch.zeros(m, dtype=torch.bool, device=weight.device)
-    salient[metric.topk(min(count, limit)).indices] = True
-    return salient
+    return min(count, limit)
 
 
 def spans(size: int, block_size: int) -> list[slice]:
