@@ -24,7 +24,8 @@ class MatrixRecord:
     """One binarized matrix: its full name, decoder layer, kind (:func:`arb_hf.names.kind_of`), shape and result.
 
     ``tokens``: calibration tokens that reached it. ``borrowed``: share of its Hessian that stands for tokens of the
-    layer's other experts, because too few reached this one.
+    layer's other experts, because too few reached this one. ``groups``, ``salient_groups``: of its form.
+    ``importance``: in a run with ``bits``, what the model loses by a unit of its output error.
     """
 
     name: str
@@ -36,6 +37,9 @@ class MatrixRecord:
     solve: SolveRecord
     tokens: int = 0
     borrowed: float = 0.0
+    groups: int | None = None
+    salient_groups: int | None = None
+    importance: float | None = None
 
     @property
     def weights(self) -> int:

@@ -61,9 +61,10 @@ def _curvature(hessian: Tensor | None, factor: HessianFactor) -> Tensor:
 
 def choose_salient_columns(weight: Tensor, factor: HessianFactor, options: BinarizeOptions) -> Tensor:
     """The columns that get a second sign, bool ``[m]``: the most salient of the whole matrix, not of every block."""
-    count = count_salient_columns(*weight.shape, options)
+    n, m = weight.shape
+    count = count_salient_columns(n, m, options)
     metric = saliency(weight, factor.upper.diagonal(), options.salient_metric).abs().sum(0)
-    salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    salient = torch.zeros(m, dtype=torch.bool, device=weight.device)
     salient[metric.topk(count).indices] = True
     return salient
 
