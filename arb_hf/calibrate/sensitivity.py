@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..binarize.full.forms import Candidate, candidates
-from ..binarize.hessian import factorize, saliency
+from ..binarize.full.forms import Candidate, candidates, column_errors
+from ..binarize.hessian import factorize
 from ..binarize.options import BinarizeOptions
 from ..names import kind_of
 from .batches import Batch
@@ -42,31 +42,45 @@ SHRINK = 0.25
 POOL, STRIDE = 1 << 22, 769  # normal numbers that all noise is cut from, and how far on the next token's begin
 
 
+class _Spread:
+    """How the errors of columns reach a token's output: of an error E U of rounding with feedback, with U as in
+    ``HessianFactor``, entry j of U x says by how much the error of column j does."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self._factor = factor
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """``(U x)^2``, ``[tokens, in]``; linears that share an input share it."""
+        if self._last is None or self._last[0] is not x:
+            self._last = x, (x.reshape(-1, x.shape[-1]).float() @ self._factor.T).square()
+        return self._last[1]
+
+
 class _Noise:
     """The noise of one matrix: normal numbers, times a factor for every output and one for every token of every call.
 
     Args:
         name: of the matrix; it decides which of the pool's numbers are taken.
         rows: ``[out]``.
-        columns: ``[in]``, with the ``factor [in, in]`` U: an error of rounding with feedback is E U, with E independent
-            and of these variances, so that of it ``sqrt(sum_j columns_j (U x)_j^2)`` reaches token x.
+        columns: ``[in]``, variances of the errors of columns, which ``spread`` brings to the outputs.
     """
 
-    def __init__(self, name: str, rows: Tensor, columns: Tensor, factor: Tensor) -> None:
+    def __init__(self, name: str, rows: Tensor, columns: Tensor, spread: _Spread) -> None:
         self._name, self._rows = name, rows
-        self._of_input: tuple[Tensor, Tensor] | None = (columns, factor)
+        self._of_input: tuple[Tensor, _Spread] | None = (columns, spread)
         self._magnitudes: list[Tensor] = []
         self._calls = 0
 
     def settle(self) -> None:
-        """The magnitudes of all calls are known: free the factor, and begin again at the first call."""
+        """The magnitudes of all calls are known: free what they came from, and begin again at the first call."""
         self._of_input, self._calls = None, 0
 
     def of_call(self, pool: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """What to add to ``out``; calls come in the same order again after :meth:`settle`."""
         if self._of_input is not None:
-            columns, factor = self._of_input
-            self._magnitudes.append(((x.reshape(-1, x.shape[-1]).float() @ factor.T).square() @ columns).sqrt())
+            columns, spread = self._of_input
+            self._magnitudes.append((spread.of(x) @ columns).sqrt())
         tokens = self._magnitudes[self._calls]
         size = len(tokens), out.shape[-1]
         start = zlib.crc32(f"{self._name} {self._calls}".encode()) % (POOL - size[0] * STRIDE - size[1])
@@ -192,18 +206,18 @@ def _of_group(
         hessian *= group.sequences / (2 * max(group.tokens, 1))  # the mean over tokens of x x^T
     group.release()
     factor = factorize(hessian, group.inputs, options[group.names[0]].damping)
-    smallest = torch.finfo(torch.float32).tiny
+    spread, smallest = _Spread(factor.upper), torch.finfo(torch.float32).tiny
     probes = {}
     for name in group.names:
         weight = linears[name].weight.detach().to(torch.float32)
-        found = candidates(weight, hessian, factor, options[name])
+        energy = ((weight @ hessian) * weight).sum(dtype=torch.float64).item()
+        found = candidates(weight, energy, factor, options[name])
         error = error_at(found, bits * weight.numel()) * NOISE
-        metric = saliency(weight, factor.upper.diagonal(), "hessian").sum(0).masked_fill(factor.dead, 0)
-        energy = ((weight @ hessian) * weight).sum() * error  # of the noise, mean over tokens
-        rows = weight.square().sum(1)
+        rows = weight.square().mean(1)
         rows = (rows / rows.mean().clamp(min=smallest)).sqrt()
-        columns = metric * (energy / (len(rows) * metric.sum().clamp(min=smallest)))
-        probes[name] = _Probe(found, error, _Noise(name, rows, columns, factor.upper), weight.numel())
+        columns = column_errors(weight, factor)
+        columns *= error * energy / (len(rows) * columns.sum().clamp(min=smallest))
+        probes[name] = _Probe(found, error, _Noise(name, rows, columns, spread), weight.numel())
     return probes
 
 

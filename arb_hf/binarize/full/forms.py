@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...format import WORD
 from ..hessian import HessianFactor, saliency
 from ..options import BinarizeOptions
 
 # Squared error of a standard normal variable at its 2, 4 and 8 best levels (Max, 1960).
 ONE_SIGN, TWO_BITS, THREE_BITS = 0.3634, 0.1175, 0.03454
-STEPS = 64  # counts of salient columns that are looked at, from none to all
+STEPS = 64  # counts of salient columns that are looked at at most, from none to all
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,30 @@ def possible(options: BinarizeOptions, m: int) -> Iterator[BinarizeOptions]:
     Two groups without the column-group bitmap are not among them: one group with as many salient columns takes the
     same bits or fewer, and reaches the same levels.
     """
+    step = WORD * -(-m // (WORD * STEPS))  # planes of salient columns are stored in whole words
     for both in (False, True):
-        for count in sorted({round(m * step / STEPS) for step in range(STEPS + 1)}):
+        for count in [*range(0, m, step), m]:
             yield replace(options, group_bitmap=both, column_group_bitmap=both, salient_columns=count)
 
 
-def candidates(weight: Tensor, hessian: Tensor, factor: HessianFactor, options: BinarizeOptions) -> list[Candidate]:
+def column_errors(weight: Tensor, factor: HessianFactor) -> Tensor:
+    """What each column of ``weight [n, m]`` leaves in the output, ``[m]``, in units of a level's squared error."""
+    return saliency(weight, factor.upper.diagonal(), "hessian").sum(0).masked_fill(factor.dead, 0)
+
+
+def candidates(weight: Tensor, energy: float, factor: HessianFactor, options: BinarizeOptions) -> list[Candidate]:
     """The forms of a matrix that are worth their bits: more of them, less error, in this order.
 
     Args:
         weight: ``[n, m]``, float32.
-        hessian, factor: as for ``solve``.
+        energy: of its output, ``tr(W H W^T)``, with the H of ``factor``.
         options: block size, scales and method of all of them.
     """
     n, m = weight.shape
-    metric = saliency(weight, factor.upper.diagonal(), "hessian").sum(0).masked_fill(factor.dead, 0)
+    metric = column_errors(weight, factor)
     ranks = saliency(weight, factor.upper.diagonal(), options.salient_metric).abs().sum(0).argsort(descending=True)
     shares = (metric[ranks].cumsum(0, dtype=torch.float64) / metric.sum(dtype=torch.float64).clamp(min=1e-300)).tolist()
-    scale = metric.sum(dtype=torch.float64).item() / max(_energy(weight, hessian), 1e-300)
+    scale = metric.sum(dtype=torch.float64).item() / max(energy, 1e-300)
     found = []
     for each in possible(options, m):
         count = each.salient_columns or 0
@@ -62,10 +69,6 @@ def candidates(weight: Tensor, hessian: Tensor, factor: HessianFactor, options: 
         error = scale * (ordinary + (second - ordinary) * salient)
         found.append(Candidate(each, each.form(n, m, count).bits(), error))
     return worthwhile(found)
-
-
-def _energy(weight: Tensor, hessian: Tensor) -> float:
-    return ((weight @ hessian) * weight).sum(dtype=torch.float64).item()
 
 
 def worthwhile(found: Sequence[Candidate]) -> list[Candidate]:
