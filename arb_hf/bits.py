@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .format.headers import span
 from .names import kind_of
 from .nn import binary_modules, int8_tables
 
@@ -27,7 +28,9 @@ def summary(model: nn.Module) -> str:
     """
     binary = binary_modules(model)
     rows: dict[str, list[int]] = {}
+    spans: dict[str, list[float]] = {}
     for name, module in binary.items():
+        spans.setdefault(kind_of(name), []).append(module.form.bits_per_weight())
         row = rows.setdefault(kind_of(name), [0, 0, 0])
         row[0] += 1
         row[1] += module.form.out_features * module.form.in_features
@@ -42,7 +45,7 @@ def summary(model: nn.Module) -> str:
     kept_weights = sum(parameter.numel() for parameter in kept)
     kept_bits = sum(parameter.numel() * parameter.element_size() * 8 for parameter in kept)
     lines = [f"{'kind':<28}{'layers':>8}{'weights':>14}{'bits/weight':>13}{'MB':>10}"]
-    lines += [_line(kind, count, weights, bits) for kind, (count, weights, bits) in rows.items()]
+    lines += [_line(kind, count, weights, bits) + span(spans[kind]) for kind, (count, weights, bits) in rows.items()]
     lines.append(_line("all binary layers", len(binary), total, total_bits))
     if tables:
         forms = [module.form for module in tables.values()]

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -23,10 +24,12 @@ from .overrides import select
 
 QUANT_METHOD = "arb_hf"
 MAX_BLOCK_SIZE = 65536
+SIZE = re.compile(r"\d+(\.\d+)? ?[KMGT]B", re.IGNORECASE)
+MAX_BITS = 16  # more than any form takes; what a model's forms can take is known once its shapes are
 # Objects a user may pass that have no place in JSON; copies of the config share them.
 SHARED = ("dataset", "tokenizer")
 # Options that a module may have for itself, and those of them that its packed form depends on.
-PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions))
+PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions) if field.name != "salient_columns")
 FORM_OPTIONS = ("method", "block_size", "group_bitmap", "column_group_bitmap", "scale_dtype")
 # Options that have one of a few names.
 CHOICES = {
@@ -36,6 +39,8 @@ CHOICES = {
     "scale_dtype": tuple(SCALE_DTYPES),
     "embedding_dtype": ("int8", "model"),
 }
+# Options that a run with ``bits`` decides for each matrix, where its override does not.
+DECIDED_BY_BITS = ("group_bitmap", "column_group_bitmap", "max_salient_columns")
 # Options that have no effect beside a value of another.
 IDLE_BESIDE = (
     ("iterations", "refinement", "full"),
@@ -74,6 +79,12 @@ class ArbConfig(QuantizationConfigMixin):
             scales or row scales and means: ``"arb-x"``, ``"arb"`` and ``"billm"`` then do the same.
         tune_steps: gradient steps that tune each decoder layer after it is binarized, 0 for none. None: what belongs to
             the refinement; ``"paper"`` is never tuned. Layers with experts are left out.
+        bits: true bits per binarized weight, averaged over the model, met within 0.5 %: every matrix gets the form (one
+            magnitude group or two, how many salient columns) that serves the model best, by how much a small error of each
+            changes its predictions. ``group_bitmap``, ``column_group_bitmap`` and ``max_salient_columns`` then have no effect,
+            except in ``overrides``. Needs ``refinement="full"``. None: every matrix has the form that these three say.
+        max_size: how large the weight files may be together, in bytes or as ``"600MB"``: the run takes as many ``bits`` as
+            that leaves for the binarized weights, and says how many.
         dataset: calibration data: a name (``"c4"``, ``"wikitext2"``, ``"ptb"``) or a path (.txt, .raw, .jsonl,
             .parquet, the first three also as .gz); in Python also a list of strings, chats, token ids or
             ``{"input_ids", "attention_mask"}``, a ``datasets.Dataset``, or a stream of such rows. Of text longer than
@@ -121,6 +132,8 @@ class ArbConfig(QuantizationConfigMixin):
         damping: float = BinarizeOptions.damping,
         refinement: str = BinarizeOptions.refinement,
         tune_steps: int | None = None,
+        bits: float | None = None,
+        max_size: int | str | None = None,
         dataset: Any = "c4",
         num_samples: int = 128,
         sequence_length: int = 2048,
@@ -149,6 +162,8 @@ class ArbConfig(QuantizationConfigMixin):
         self.damping = damping
         self.refinement = refinement
         self.tune_steps: int = tune_steps  # type: ignore[assignment]
+        self.bits = bits
+        self.max_size = max_size
         self.dataset = dataset
         self.num_samples = num_samples
         self.sequence_length = sequence_length
@@ -193,6 +208,13 @@ class ArbConfig(QuantizationConfigMixin):
         self._integer("tune_steps", 0, 1_000_000)
         if self.tune_steps and self.refinement == "paper":
             self._refuse("tune_steps", '0 or None: refinement="paper" is the published algorithm; choose "full"')
+        if self.bits is not None:
+            self._number("bits", MAX_BITS)
+        if self.max_size is not None:
+            self._validate_max_size()
+        for option in ("bits", "max_size"):
+            if getattr(self, option) is not None and self.refinement == "paper":
+                self._refuse(option, 'None: refinement="paper" is the published algorithm; choose "full"')
         self._integer("num_samples", 1)
         self._integer("sequence_length", 1)
         self._integer("batch_size", 1)
@@ -211,10 +233,20 @@ class ArbConfig(QuantizationConfigMixin):
         if self.embeddings is not None:
             self._validate_embeddings()
 
+    def _validate_max_size(self) -> None:
+        size = self.max_size
+        if not (type(size) is int and size > 0) and not (isinstance(size, str) and SIZE.fullmatch(size)):
+            self._refuse("max_size", 'a number of bytes, or one with a unit, such as "600MB" or "1.5GB"')
+        if self.bits is not None and self.modules is None:
+            self._refuse("max_size", "None beside bits: the one gives the other")
+
     def _warn_of_idle_options(self) -> None:
         """Warn of options that were set and have no effect beside the others, nor in an override."""
         common = {name: getattr(self, name) for name in PER_MODULE}
         chosen = {name: value for name, value in common.items() if value != getattr(BinarizeOptions, name)}
+        deciding = next((name for name in ("bits", "max_size") if getattr(self, name) is not None), None)
+        for option in (name for name in DECIDED_BY_BITS if deciding and name in chosen):
+            warnings.warn(f"ArbConfig: {option} has no effect with {deciding}", stacklevel=3)
         overrides = (self.overrides or {}).items()
         for where, own in [
             ("", chosen),
@@ -318,9 +350,9 @@ class ArbConfig(QuantizationConfigMixin):
         pattern = select(self.overrides, name) if self.overrides else None
         return pattern if pattern is not None and (self.overrides or {})[pattern] is None else None
 
-    def module_entry(self, name: str, salient_columns: int) -> dict[str, Any]:
-        """What ``modules`` holds about a binarized module: enough, with the config, to know its form."""
-        common, own = self.options(), self.options(name)
+    def module_entry(self, own: BinarizeOptions, salient_columns: int) -> dict[str, Any]:
+        """What ``modules`` holds about a module binarized with ``own`` options: enough, with the config, to know its form."""
+        common = self.options()
         different = {key: getattr(own, key) for key in FORM_OPTIONS if getattr(own, key) != getattr(common, key)}
         return {"salient_columns": salient_columns, **different}
 

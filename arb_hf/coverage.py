@@ -66,6 +66,10 @@ class Coverage:
         """Binarized weights over matrix weights of the decoder layers."""
         return self.binarized / max(self.weights, 1)
 
+    def to_binarize(self) -> list[Matrix]:
+        """The matrices that are binarized."""
+        return [each for each in self.matrices if each.kept is None]
+
     def keeping(self, names: Collection[str], reason: str) -> Coverage:
         """Return the same coverage with some of the binarized matrices kept after all."""
         changed = set(names)

@@ -11,7 +11,6 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from .architecture import Prefix
-from .auto import saved_class
 from .calibrate.model import binarize_model
 from .calibrate.offload import Placement, keep_stored_types, offload_folder
 from .checks import (
@@ -30,8 +29,9 @@ from .errors import ArbCalibrationError, ArbFormatError
 from .nn import BinaryExperts, BinaryLinear, ScaledLinear, binary_modules, int8_tables
 from .nn.int8 import Int8Table
 from .nn.offloaded import fetch_all, is_offloaded
-from .nn.swap import adapted_module, empty_model, expose_linears, replace_by_dense, require_plain
-from .nn.tables import half_tied, new_table, put_tables, table_modules
+from .nn.swap import adapted_module, empty_model, replace_by_dense, require_plain
+from .sizes import bits_within
+from .skeleton import adapt_names, has_new_head, swap_in_binary_modules
 
 
 class ArbHfQuantizer(HfQuantizer):
@@ -101,6 +101,8 @@ class ArbHfQuantizer(HfQuantizer):
             config = self.quantization_config
             skip = self.get_modules_to_not_convert(model, config.modules_to_not_convert, add_default_skips=True)
             folder = offload_folder(model) or config.checkpoint_dir
+            if config.max_size is not None:
+                config.bits = bits_within(model, config, sorted(skip))
             report = binarize_model(model, config, sorted(skip), self.placement.execution_device())
             setattr(model, "arb_report", report)  # noqa: B010  (no such field in the class)
             model.config.quantization_config = self.quantization_config = config.published(sorted(skip))
@@ -251,24 +253,6 @@ def _refuse_split(model: PreTrainedModel, plan: Any) -> None:
         )
 
 
-def adapt_names(model: PreTrainedModel, config: ArbConfig) -> Prefix:
-    """In place: give the modules of ``config`` the names that they have in this class of model.
-
-    A checkpoint of ``LlamaForCausalLM`` has ``model.layers.0``, and ``LlamaModel`` calls it ``layers.0``.
-    """
-    prefix = Prefix.of(model, list(config.modules or ()))
-    if config.modules:
-        config.modules = {prefix.renamed(name): entry for name, entry in config.modules.items()}
-    if config.embeddings:
-        config.embeddings = [prefix.renamed(name) for name in config.embeddings]
-    return prefix
-
-
-def has_new_head(model: PreTrainedModel) -> bool:
-    """Whether the model is of another class than its checkpoint: then what is outside the backbone may be new."""
-    return saved_class(model.config.architectures) not in (None, type(model).__name__)
-
-
 def require_backbone(model: PreTrainedModel, files: list[str]) -> None:
     """Refuse a class under which transformers does not find the backbone of a dense checkpoint: it would be random.
 
@@ -288,73 +272,3 @@ def require_backbone(model: PreTrainedModel, files: list[str]) -> None:
             f"the files have {usual}*: binarize the checkpoint with AutoModelForCausalLM, save it, and load what was saved "
             f"as {type(model).__name__}"
         )
-
-
-def swap_in_binary_modules(model: PreTrainedModel, config: ArbConfig) -> None:
-    """On a model still on the meta device, put an empty :class:`BinaryLinear` or int8 table wherever the config says so.
-
-    Raises:
-        ArbFormatError: the config names no modules, or one that is not a linear layer of this model.
-    """
-    if not config.modules:
-        raise ArbFormatError(
-            "config.json: quantization_config.modules is missing or empty: nothing says what is binary"
-        )
-    linears = expose_linears(model, config.modules)
-    for name in config.modules:
-        if name not in linears:
-            found = "a " + type(model.get_submodule(name)).__name__ if _has(model, name) else "no such module"
-            if has_new_head(model):
-                saved = saved_class(model.config.architectures)
-                raise ArbFormatError(
-                    f"config.json says that this model was saved from {saved}, and {type(model).__name__} has no linear "
-                    f"layer {name} to put its binary weights in: load it with arb_hf.from_pretrained, which takes the "
-                    "class that it was saved from"
-                )
-            raise ArbFormatError(
-                f"config.json: quantization_config.modules names {name!r}: {found}, not a linear layer"
-            )
-        linear = linears[name]
-        form = config.form(name, linear.out_features, linear.in_features)
-        if form.salient_columns > form.in_features:
-            raise ArbFormatError(
-                f"config.json: {name} cannot have {form.salient_columns} salient columns of {form.in_features}"
-            )
-        new = BinaryLinear(form, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
-        for parameter in new.parameters():  # parents initialize weights that stay on disk: GPT-2 its c_proj.weight
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        model.set_submodule(name, new)
-    _swap_in_tables(model, config)
-
-
-def _swap_in_tables(model: PreTrainedModel, config: ArbConfig) -> None:
-    """The same for the embeddings and heads that are stored as int8. A head that this class lacks leaves the config.
-
-    Raises:
-        ArbFormatError: the config names a module that is neither, or one of two that are tied.
-    """
-    known, tables = table_modules(model), {}
-    if has_new_head(model):
-        config.embeddings = [name for name in config.embeddings or () if _has(model, name)]
-    for name in config.embeddings or ():
-        try:
-            if name not in known:
-                raise ValueError("not the input embedding, and not the head")
-            tables[name] = new_table(known[name], device="meta")
-        except ValueError as error:
-            raise ArbFormatError(
-                f"config.json: quantization_config.embeddings names {name!r}: {error} of {type(model).__name__}"
-            ) from error
-    tied = half_tied(model, tables)
-    if tied is not None:
-        raise ArbFormatError(
-            f"config.json: quantization_config.embeddings has {', '.join(tables)} and lacks {tied}, which is tied to it"
-        )
-    put_tables(model, tables)
-    for table in tables.values():
-        for parameter in table.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as for binary layers
-
-
-def _has(model: PreTrainedModel, name: str) -> bool:
-    return any(name == each for each, _ in model.named_modules())

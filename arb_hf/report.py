@@ -16,6 +16,7 @@ from typing import Any
 from .binarize import SolveRecord
 from .coverage import Coverage
 from .errors import ArbFormatError
+from .format.headers import span
 from .names import is_hub_id
 
 
@@ -24,7 +25,8 @@ class MatrixRecord:
     """One binarized matrix: its full name, decoder layer, kind (:func:`arb_hf.names.kind_of`), shape and result.
 
     ``tokens``: calibration tokens that reached it. ``borrowed``: share of its Hessian that stands for tokens of the
-    layer's other experts, because too few reached this one.
+    layer's other experts, because too few reached this one. ``groups``, ``salient_groups``: of its form.
+    ``importance``: in a run with ``bits``, what the model loses by a unit of its output error.
     """
 
     name: str
@@ -36,6 +38,9 @@ class MatrixRecord:
     solve: SolveRecord
     tokens: int = 0
     borrowed: float = 0.0
+    groups: int | None = None
+    salient_groups: int | None = None
+    importance: float | None = None
 
     @property
     def weights(self) -> int:
@@ -262,14 +267,15 @@ class ArbReport:
         return {kind: _mean_error(records) for kind, records in self.by_kind().items()}
 
     def table(self) -> str:
-        """A table by kind of matrix: count, shape, mean output error, bits per weight."""
+        """A table by kind of matrix: count, shape, mean output error, bits per weight and, where they differ, their span."""
         lines = [f"{'kind':<28}{'count':>6}{'shape':>16}{'output error':>14}{'bits/weight':>13}"]
         for kind, records in self.by_kind().items():
             errors = [each.solve.output_error for each in records if each.solve.output_error is not None]
             error = f"{sum(errors) / len(errors):.4f}" if errors else "-"
             shape = f"{records[0].out_features} x {records[0].in_features}"
             bits = _bits_per_weight(records)
-            lines.append(f"{kind:<28}{len(records):>6}{shape:>16}{error:>14}{bits:>13.3f}")
+            differ = span([_bits_per_weight([each]) for each in records])
+            lines.append(f"{kind:<28}{len(records):>6}{shape:>16}{error:>14}{bits:>13.3f}{differ}")
         lines.append(
             f"{'all':<28}{len(self.matrices):>6}{'':>16}{self.output_error:>14.4f}{self.bits_per_weight:>13.3f}"
         )

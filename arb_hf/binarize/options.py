@@ -16,9 +16,11 @@ SCALE_DTYPE = {"full": "int8", "paper": "float16"}
 
 @dataclass(frozen=True)
 class BinarizeOptions:
-    """How one weight matrix is binarized. Checked by :class:`arb_hf.ArbConfig`, which documents each field.
+    """How one weight matrix is binarized. Checked by :class:`arb_hf.ArbConfig`, which documents each field but the last.
 
-    ``scale_dtype=None`` becomes the type that belongs to the refinement.
+    ``scale_dtype=None`` becomes the type that belongs to the refinement. ``salient_columns``: the number of salient columns
+    that ``refinement="full"`` takes; None: as many as bring the stored bits to those of the published form. A run with
+    ``bits`` sets it for each matrix.
     """
 
     method: str = "arb-rc"
@@ -31,6 +33,7 @@ class BinarizeOptions:
     damping: float = 0.01
     refinement: str = "full"
     scale_dtype: str = None  # type: ignore[assignment]  # always set once made
+    salient_columns: int | None = None
 
     def __post_init__(self) -> None:
         if self.scale_dtype is None:
@@ -42,7 +45,7 @@ class BinarizeOptions:
         return (
             config
             if isinstance(config, cls)
-            else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+            else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__ if hasattr(config, name)})
         )
 
     def form(

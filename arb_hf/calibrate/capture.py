@@ -26,13 +26,15 @@ class CapturedBatch:
 
     ``hidden``: input of the next layer ``[batch, length, hidden]``. ``arguments``: per layer that the model calls, what
     else it is called with; layers share equal tensors (masks, positions). ``mask``: the batch's attention mask.
-    ``reference``: the full-precision model's hidden states at the same place, in runs that tune.
+    ``reference``: the full-precision model's hidden states at the same place, in runs that tune. ``input_ids``: the
+    batch's tokens.
     """
 
     hidden: Tensor
     arguments: dict[int, tuple[tuple, dict[str, Any]]]
     mask: Tensor | None
     reference: Tensor | None = None
+    input_ids: Tensor | None = None
 
 
 class _Captured(Exception):
@@ -51,7 +53,7 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
     """
     device = next((input_embeddings(model) or model).parameters()).device
     without_cache = forward_arguments(model, use_cache=False)
-    recorder = _Recorder(model, layers)
+    recorder = _Recorder(model, layers, len(layers) - 1)
     for batch in batches:
         recorder.start()
         with _replaced_forwards(layers, recorder):
@@ -62,15 +64,31 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
                 pass
         if recorder.hidden is None:
             raise ArbCalibrationError(f"{type(model).__name__} calls none of its decoder layers on text")
-        yield CapturedBatch(recorder.hidden, recorder.arguments, batch.attention_mask)
+        yield CapturedBatch(recorder.hidden, recorder.arguments, batch.attention_mask, input_ids=batch.input_ids)
+
+
+def predict(model: PreTrainedModel, layers: nn.ModuleList, batch: CapturedBatch, hidden: Tensor) -> Tensor:
+    """The model's logits for a batch, with ``hidden`` as the output of its last decoder layer; gradients reach it."""
+    device = next((input_embeddings(model) or model).parameters()).device
+    recorder = _Recorder(model, layers, max(batch.arguments), hidden.to(device))
+    assert batch.input_ids is not None
+    mask = {} if batch.mask is None else {"attention_mask": batch.mask.to(device)}
+    with _replaced_forwards(layers, recorder):
+        out = model(input_ids=batch.input_ids.to(device), **mask, **forward_arguments(model, use_cache=False))
+    return out.logits
 
 
 class _Recorder:
-    """Stands in for the layers' forwards: notes the arguments and hands the hidden states on unchanged."""
+    """Stands in for the layers' forwards: notes the arguments and hands the hidden states on unchanged.
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    Args:
+        last: the layer behind which nothing has to be noted: the pass ends there, or that layer returns ``ends``.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, last: int, ends: Tensor | None = None) -> None:
         self.model = type(model).__name__
-        self.last = len(layers) - 1
+        self.last = last
+        self.ends = ends
         self.returned: dict[type, Any] = {}
         self.start()
 
@@ -99,11 +117,13 @@ class _Recorder:
                 "its layers cannot be calibrated one after the other"
             )
         self.arguments[index] = args, kwargs
-        if index == self.last:
+        if index == self.last and self.ends is None:
             raise _Captured
         if type(layer) not in self.returned:
             self.returned[type(layer)] = forward(states, *args, **kwargs)
         example = self.returned[type(layer)]
+        if index == self.last and self.ends is not None:
+            states = self.ends
         return (states, *example[1:]) if isinstance(example, tuple) else states
 
 

@@ -48,7 +48,7 @@ def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict
     digests = kept_digests(layer, linears) if run.store else {}
     run.clock.restart()
     by_full_name = {run.full_name(index, name): linear for name, linear in linears.items()}
-    found = binarize_matrices(layer, by_full_name, run.captured, index, config, run.processes, run.clock)
+    found = binarize_matrices(layer, by_full_name, run.captured, index, run.options, run.processes, run.clock)
     results = {name: found[full] for name, full in zip(linears, by_full_name, strict=True) if full in found}
     # Here every process has all results, and `layer` is still in full precision; its inputs are in `run.captured`.
     tuned = _tune(run, index, results)
@@ -58,8 +58,21 @@ def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict
         full, form = run.full_name(index, name), weight.form
         packed[name] = BinaryLinear.from_binary_weight(weight, linears[name].bias)
         seen = group.tokens, group.borrowed
-        records.append(MatrixRecord(full, index, kind_of(full), *weight.shape, form.bits(), solve, *seen))
-        modules[full] = config.module_entry(full, form.salient_columns)
+        records.append(
+            MatrixRecord(
+                full,
+                index,
+                kind_of(full),
+                *weight.shape,
+                form.bits(),
+                solve,
+                *seen,
+                groups=form.groups,
+                salient_groups=form.salient_groups,
+                importance=run.forms[full].importance if full in run.forms else None,
+            )
+        )
+        modules[full] = config.module_entry(run.options(full), form.salient_columns)
     assert config.modules is not None
     config.modules |= modules
 

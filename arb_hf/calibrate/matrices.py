@@ -14,8 +14,8 @@ from torch import nn
 
 from ..binarize import binarize_and_record
 from ..binarize.hessian import NOT_FINITE, HessianFactor, factorize
+from ..binarize.options import BinarizeOptions
 from ..binarize.units import require_finite_weight
-from ..config import ArbConfig
 from ..errors import ArbCalibrationError
 from .capture import CapturedBatch
 from .hessians import InputGroup, accumulate, waves
@@ -31,7 +31,7 @@ def binarize_matrices(
     linears: dict[str, nn.Linear],
     captured: list[CapturedBatch],
     index: int,
-    config: ArbConfig,
+    options: Callable[[str], BinarizeOptions],
     processes: Processes,
     clock: Callable[[str], AbstractContextManager],
 ) -> Results:
@@ -41,6 +41,7 @@ def binarize_matrices(
         layer: in full precision, on the execution device; not changed.
         linears: by full name. One that the layer never calls is missing from the result.
         captured: this process's batches.
+        options: of a matrix, by its full name.
     """
     device = next(layer.parameters()).device
     budget = min(processes.gather(hessian_budget(device, processes.count)))
@@ -51,17 +52,21 @@ def binarize_matrices(
             groups = processes.sum_groups(groups, captured, device)
         with clock("binarize"):
             owners = processes.owners(groups, wave)
-            mine = functools.partial(_binarize_groups, groups, wave, config, owners, processes.rank)
+            mine = functools.partial(_binarize_groups, groups, wave, options, owners, processes.rank)
             results |= processes.exchange(mine, device)
     return results
 
 
 def _binarize_groups(
-    groups: list[InputGroup], linears: dict[str, nn.Linear], config: ArbConfig, owners: dict[str, int], rank: int
+    groups: list[InputGroup],
+    linears: dict[str, nn.Linear],
+    options: Callable[[str], BinarizeOptions],
+    owners: dict[str, int],
+    rank: int,
 ) -> Results:
     def work(group: InputGroup) -> Results:
         try:
-            return binarize_group(group, linears, config)
+            return binarize_group(group, linears, options)
         finally:  # each Hessian goes as soon as it has served
             group.release()
             return_freed_memory()
@@ -109,14 +114,16 @@ def _require_finite(groups: list[InputGroup], linears: dict[str, nn.Linear]) -> 
                 raise ArbCalibrationError(f"{name}: {error}") from error
 
 
-def binarize_group(group: InputGroup, linears: dict[str, nn.Linear], config: ArbConfig) -> Results:
+def binarize_group(
+    group: InputGroup, linears: dict[str, nn.Linear], options_of: Callable[[str], BinarizeOptions]
+) -> Results:
     """Binarize linears that share an input, and so a Hessian and the factors of its inverse."""
     hessian, first = group.hessian(), linears[group.names[0]].weight
     group.release()
     factors: dict[float, HessianFactor] = {}
     results: Results = {}
     for name in group.names:
-        options = config.options(name)
+        options = options_of(name)
         try:
             if options.damping not in factors:
                 factors[options.damping] = factorize(hessian, first.shape[1], options.damping, first.device)

@@ -25,6 +25,7 @@ from ..architecture import (
     vocabulary,
     without_cache,
 )
+from ..binarize import BinarizeOptions
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
@@ -33,14 +34,16 @@ from ..report import ArbReport
 from ..text import load_tokenizer, plain_tokenizer
 from .batches import Batch, load_batches
 from .capture import capture
+from .choices import budget_of
 from .decoder import find_decoder_layers, survey
 from .layer import binarize_layer
 from .offload import fetch_outside
 from .plan import check_plan, full_layers, make_plan, spool_folder, tunable_layers
 from .processes import Processes
 from .resume import LayerStore, explained_stops, fingerprint
+from .sensitivity import choose_forms
 from .spool import Spool
-from .state import Run, Stages
+from .state import ChosenForm, Run, Stages
 from .tables import store_tables, survey_tables
 
 logger = logging.getLogger(__name__)
@@ -72,12 +75,14 @@ def binarize_model(
     coverage = dataclasses.replace(survey(model, prefix, layers, config, skip), tables=survey_tables(model, config))
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
     coverage.require(config.minimum_coverage)
+    if config.bits is not None:
+        budget_of(config, coverage.to_binarize(), config.bits)  # refuses what is not possible
     processes = Processes.join()
     device = processes.device(device or torch.device("cpu"))
     report = ArbReport(config.to_dict(), model.name_or_path or type(model).__name__, 0, 0, versions=_versions())
     run = Run(model, config, prefix, layers, coverage, device, processes, Stages(report.stages))
     with contextlib.ExitStack() as stack:
-        spool, batches = processes.together(lambda: _prepare(run, report, skip, stack))
+        spool, everything, batches = processes.together(lambda: _prepare(run, report, skip, stack))
         stack.enter_context(explained_stops(run.how_to_resume))
         stack.enter_context(without_cache(model))
         with run.clock("capture"):
@@ -90,6 +95,9 @@ def binarize_model(
         silent = [each.name for each in coverage.matrices if each.layer not in called]
         run.coverage = coverage.keeping(silent, "its layer is not called on text")
         run.coverage.require(config.minimum_coverage)
+        if config.bits is not None:
+            with run.clock("choice of forms"):
+                run.forms = _chosen_forms(run, everything, config.bits)
         config.modules = {}
         _layer_after_layer(run, called, report)
     if report.starved:
@@ -129,8 +137,31 @@ def _layer_after_layer(run: Run, called: list[int], report: ArbReport) -> None:
                 logger.info("about %.1f minutes for the other layers", seconds * (len(called) - 1) / 60)
 
 
-def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.ExitStack) -> tuple[Spool, list[Batch]]:
-    """Check everything that can refuse a run (data, sizes, the folder of checkpoints), then take this process's share."""
+def _chosen_forms(run: Run, batches: list[Batch], bits: float) -> dict[str, ChosenForm]:
+    """The form of every matrix in a run with ``bits``: the leading process measures, or remembers, for all."""
+    budget = budget_of(run.config, run.coverage.to_binarize(), bits)
+
+    def measured() -> dict[str, Any]:
+        stored = None if run.store is None else run.store.load_forms()
+        if stored is None:
+            forms = choose_forms(run, batches, budget)
+            stored = {name: dataclasses.asdict(each) for name, each in forms.items()}
+            if run.store is not None:
+                run.store.save_forms(stored)
+        return stored
+
+    found = run.processes.gather(run.processes.together(measured, only_leader=True))[0]
+    return {name: ChosenForm(BinarizeOptions(**each["options"]), each["importance"]) for name, each in found.items()}
+
+
+def _prepare(
+    run: Run, report: ArbReport, skip: list[str], stack: contextlib.ExitStack
+) -> tuple[Spool, list[Batch], list[Batch]]:
+    """Check everything that can refuse a run (data, sizes, the folder of checkpoints), then take this process's share.
+
+    Returns:
+        Where activations are kept, all batches, and this process's.
+    """
     config, processes = run.config, run.processes
     everything = _load_data(run.model, config)
     batches = processes.share(everything)
@@ -141,7 +172,7 @@ def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.Exi
         identity = fingerprint(run.model, layers, everything, config, skip, _surroundings(run, report))
         run.store = LayerStore(config.checkpoint_dir, identity)
         stack.callback(run.store.close)
-    matrices = [each for each in run.coverage.matrices if each.kept is None]
+    matrices = run.coverage.to_binarize()
     run.tunable = _tunable(run, matrices, len(everything) // processes.count)
     tokens = [batch.input_ids.numel() for batch in batches]
     plan = make_plan(run.model, matrices, tokens, config, processes.count, bool(run.tunable))
@@ -149,7 +180,7 @@ def _prepare(run: Run, report: ArbReport, skip: list[str], stack: contextlib.Exi
     check_plan(plan, config, finished, processes.count, run.device)
     if finished:
         logger.info("resuming: %s", run.how_to_resume())
-    return Spool(plan.spool, spool_folder(config)), batches
+    return Spool(plan.spool, spool_folder(config)), everything, batches
 
 
 def _tunable(run: Run, matrices: Sequence[Matrix], batches: int) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """Resume after a crash: finished decoder layers on disk, and the identity of the run they belong to.
 
 A checkpoint folder holds ``manifest.json`` (what the run is made of, see :func:`fingerprint`), ``lock``, and for every
-finished decoder layer ``layer-NNNNN.safetensors`` with ``layer-NNNNN.json``. Every file is written beside its place,
+finished decoder layer ``layer-NNNNN.safetensors`` with ``layer-NNNNN.json``; of a run with ``bits``, ``forms.json``. Every file is written beside its place,
 flushed to the disk and renamed; a layer is finished once its JSON, written last, names the hash of its tensors.
 """
 
@@ -115,6 +115,21 @@ class LayerStore:
             pass
         logger.warning("%s: decoder layer %d is damaged and is binarized again", self.directory, index)
         return None
+
+    def save_forms(self, forms: dict[str, Any]) -> None:
+        """Store the forms that the run chose, as JSON.
+
+        Raises:
+            ArbCalibrationError: the disk is full or cannot be written.
+        """
+        with self._written("the chosen forms"):
+            _write(self.directory / "forms.json", json.dumps({"run": self.run, "forms": forms}, indent=1).encode())
+
+    def load_forms(self) -> dict[str, Any] | None:
+        """What :meth:`save_forms` stored, or None if it is not there or damaged (then it is measured again)."""
+        document = _read_json(self.directory / "forms.json") or {}
+        forms = document.get("forms")
+        return forms if document.get("run") == self.run and isinstance(forms, dict) else None
 
     def _path(self, index: int, suffix: str) -> Path:
         return self.directory / f"layer-{index:05d}.{suffix}"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..binarize.options import BinarizeOptions
 from ..config import ArbConfig
 from ..coverage import Coverage
 from ..nn.swap import expose_linears
@@ -40,6 +41,15 @@ class Stages:
         self.add(stage, time.perf_counter() - start)
 
 
+@dataclass(frozen=True)
+class ChosenForm:
+    """``options``: with the form that a run with ``bits`` chose for a matrix. ``importance``: what the model loses by a
+    unit of its relative output error, see :mod:`arb_hf.calibrate.sensitivity`."""
+
+    options: BinarizeOptions
+    importance: float
+
+
 @dataclass
 class Run:
     """One run: what stays the same from decoder layer to decoder layer, and where they are kept.
@@ -51,6 +61,7 @@ class Run:
         store: finished layers, in the leading process of a run with ``checkpoint_dir``.
         captured: this process's calibration batches, before the layer at work.
         tunable: decoder layers that are tuned after they are binarized.
+        forms: in a run with ``bits``, the options and the importance of every matrix whose form was chosen, by full name.
     """
 
     model: PreTrainedModel
@@ -64,6 +75,11 @@ class Run:
     store: LayerStore | None = None
     captured: list[CapturedBatch] = field(default_factory=list)
     tunable: frozenset[int] = frozenset()
+    forms: dict[str, ChosenForm] = field(default_factory=dict)
+
+    def options(self, name: str) -> BinarizeOptions:
+        """The options for the matrix of that full name."""
+        return self.forms[name].options if name in self.forms else self.config.options(name)
 
     def full_name(self, index: int, name: str) -> str:
         """The name in the model of a module that is ``name`` in its decoder layer."""

@@ -126,7 +126,7 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         ``files`` (name -> bytes), ``options`` (the quantization config without ``modules``; None for a dense model),
-        ``kinds`` (kind of layer -> ``{"layers", "weights", "bits"}``), ``binary``, ``int8`` (embeddings and heads) and
+        ``kinds`` (kind of layer -> ``{"layers", "weights", "bits", "bits_per_weight": of each}``), ``binary``, ``int8`` (embeddings and heads) and
         ``kept`` (``{"tensors", "weights", "bits"}``), ``bits_per_weight`` of the binary layers (None without any), ``missing`` (modules that
         the config names and no file holds), ``tensors`` (name -> dtype and shape) and ``report`` (of the run, or None).
 
@@ -160,14 +160,15 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
         else:
             _count(kept, _product(entry["shape"]), _bits(entry))
     binary = {"tensors": 0, "weights": 0, "bits": 0}
-    kinds: dict[str, dict[str, int]] = {}
+    kinds: dict[str, dict[str, Any]] = {}
     for owner, entries in parts.items():
         weights, bits = _dense_weights(entries), sum(map(_bits, entries.values()))
         binary["tensors"] += len(entries)
         binary["weights"] += weights
         binary["bits"] += bits
-        kind = kinds.setdefault(kind_of(owner), {"layers": 0, "weights": 0, "bits": 0})
+        kind = kinds.setdefault(kind_of(owner), {"layers": 0, "weights": 0, "bits": 0, "bits_per_weight": []})
         kind["layers"] += 1
+        kind["bits_per_weight"].append(bits / weights if weights else 0.0)
         kind["weights"] += weights
         kind["bits"] += bits
     covered = {
@@ -198,7 +199,10 @@ def table(summary: Mapping[str, Any]) -> str:
     else:
         lines.append("not packed by arb_hf: no binary layers")
     lines += ["", f"{'kind':<28}{'layers':>8}{'weights':>16}{'bits/weight':>13}{'MB':>11}"]
-    lines += [_row(kind, row["layers"], row["weights"], row["bits"]) for kind, row in summary["kinds"].items()]
+    lines += [
+        _row(kind, row["layers"], row["weights"], row["bits"]) + span(row["bits_per_weight"])
+        for kind, row in summary["kinds"].items()
+    ]
     binary, int8, kept = summary["binary"], summary["int8"], summary["kept"]
     if binary["tensors"]:
         layers = sum(row["layers"] for row in summary["kinds"].values())
@@ -219,6 +223,12 @@ def table(summary: Mapping[str, Any]) -> str:
 def _missing_tables(names: Sequence[str], tensors: Mapping[str, Any]) -> list[str]:
     """Names of int8 tables if no file holds any of them; of two that are tied the file holds one."""
     return [] if not names or any(f"{name}.row_absmax" in tensors for name in names) else list(names)
+
+
+def span(bits_per_weight: Sequence[float]) -> str:
+    """``  (1.21 to 3.59)`` where layers of one kind differ in their bits per weight, else nothing."""
+    least, most = min(bits_per_weight), max(bits_per_weight)
+    return f"  ({least:.2f} to {most:.2f})" if most - least >= 0.005 else ""
 
 
 def _report_lines(report: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..auto import GENERATORS, TASKS, auto_class, needs_trust, saved_class
 from ..binarize.methods import METHODS
 from ..errors import ArbFormatError
-from ..format.headers import REPORT_FILE, inspect_folder, read_json
+from ..format.headers import REPORT_FILE, inspect_folder, read_json, span
 from ..names import is_hub_id
 from ..report import ArbReport, Measurement
 from ..text import NAMED
@@ -141,6 +141,16 @@ def _sizes(summary: dict[str, Any]) -> dict[str, Any]:
             (name, value) for name, value in options.items() if value is not None and name not in HIDDEN_OPTIONS
         ],
         "bits_per_weight": f"{summary['bits_per_weight']:.3f}",
+        "kinds": [
+            (
+                kind,
+                row["layers"],
+                f"{row['bits'] / max(row['weights'], 1):.3f}",
+                span(row["bits_per_weight"]).strip(" ()"),
+            )
+            for kind, row in summary["kinds"].items()
+        ],
+        "differ": any(span(row["bits_per_weight"]) for row in summary["kinds"].values()),
         "binary_weights": f"{binary['weights']:,}",
         "binary_layers": sum(kind["layers"] for kind in summary["kinds"].values()),
         "int8_weights": f"{int8['weights']:,}" if int8["tensors"] else None,

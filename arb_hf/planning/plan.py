@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,19 +13,21 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from ..architecture import field, longest_sequence
-from ..binarize.counts import SalientColumns, salient_columns
+from ..binarize.counts import salient_columns
 from ..calibrate.batches import require_length
+from ..calibrate.choices import TOLERANCE
 from ..calibrate.decoder import find_decoder_layers, survey
 from ..calibrate.offload import Placement
 from ..calibrate.plan import Plan, make_plan, tunable_layers
+from ..calibrate.tables import survey_tables
 from ..config import ArbConfig
 from ..coverage import Coverage, Matrix
 from ..names import kind_of
 from ..nn import binary_modules
-from ..quantizer import swap_in_binary_modules
+from ..sizes import BINARY, bits_within, likely_forms, run_config, saved_tensors, weight_files
+from ..skeleton import skeleton_like, swap_in_binary_modules
 from .duration import estimate, measure
-from .files import BINARY, Files, saved_tensors, weight_files
-from .skeleton import skeleton_like, skeleton_of
+from .skeleton import skeleton_of
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 # What configs call the number of experts that a token is routed to.
@@ -84,7 +86,7 @@ class ModelPlan:
         }
 
     def __str__(self) -> str:
-        about = "" if self.exact else "about "
+        all_files = "all" if self.exact else "all, about"
         lines = [f"{self.model}: {self.class_name} in {self.dtype}", "", self.coverage.table(), ""]
         lines += [f"{'weight files':<44}{'MB':>12}"]
         for part, size in self.parts.items():
@@ -92,7 +94,7 @@ class ModelPlan:
                 bits = f"  {self._bits()}" if part == BINARY else ""
                 lines.append(f"{part:<44}{size / 1e6:>12,.2f}{bits}")
         count = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
-        lines.append(f"{about + 'all':<44}{self.bytes / 1e6:>12,.2f}  {count}; the original {self.original / 1e6:,.2f}")
+        lines.append(f"{all_files:<44}{self.bytes / 1e6:>12,.2f}  {count}; the original {self.original / 1e6:,.2f}")
         lines += ["", f"needs: {self.needs}", f"time: {self._time()}"]
         return "\n".join(lines)
 
@@ -104,7 +106,7 @@ class ModelPlan:
 
     def _time(self) -> str:
         parts = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items())
-        return f"about {_duration(sum(self.seconds.values()))} ({parts}), half or twice of it"
+        return f"about {_duration(sum(self.seconds.values()))} ({parts}); it may be half or twice that"
 
 
 def plan(
@@ -136,25 +138,28 @@ def plan(
     empty = skeleton_like(model) if isinstance(model, PreTrainedModel) else skeleton_of(model, dtype, trust_remote_code)
     prefix, layers = find_decoder_layers(empty)
     skip = HfQuantizer.get_modules_to_not_convert(empty, config.modules_to_not_convert, add_default_skips=True)
-    coverage = survey(empty, prefix, layers, config, skip)
+    if config.max_size is not None:
+        config = copy.deepcopy(config)
+        config.bits, config.max_size = bits_within(empty, config, sorted(skip)), None
+    coverage = replace(survey(empty, prefix, layers, config, skip), tables=survey_tables(empty, config))
     coverage.require(config.minimum_coverage)
     require_length(config, longest_sequence(empty))
-    wanted = [each for each in coverage.matrices if each.kept is None]
+    wanted = coverage.to_binarize()
     batches = _batches(config)
     tuned, _ = tunable_layers(layers, wanted, config, len(batches))
     needs = make_plan(empty, wanted, batches, config, 1, bool(tuned))
     speed = measure(_device(device_map), empty.dtype)
     seconds = estimate(coverage.matrices, tuned, batches, config, _active(empty, coverage), speed)
     original = sum(tensor.nbytes for tensor in saved_tensors(empty).values())
-    forms = {each.name: _columns(each, config) for each in wanted}
-    files = _pack(empty, config, forms, prefix, max_shard_size)
+    swap_in_binary_modules(empty, run_config(config, coverage, likely_forms(config, wanted)))
+    files = weight_files(empty, prefix, max_shard_size)
     return ModelPlan(
         model=empty.name_or_path or type(empty).__name__,
         class_name=type(empty).__name__,
         dtype=str(empty.dtype).removeprefix("torch."),
         coverage=coverage,
         bits_per_weight=_bits(empty),
-        bounds=_bounds(wanted, config, forms),
+        bounds=_bounds(wanted, config),
         original=original,
         files=files.sizes,
         parts=files.parts,
@@ -163,32 +168,22 @@ def plan(
     )
 
 
-def _columns(matrix: Matrix, config: ArbConfig) -> SalientColumns:
-    """The form that a run would give a matrix, which is a matter of its salient columns."""
-    return salient_columns(matrix.weights // matrix.in_features, matrix.in_features, config.options(matrix.name))
-
-
-def _pack(
-    empty: PreTrainedModel, config: ArbConfig, forms: dict[str, SalientColumns], layers: str, max_shard_size: int | str
-) -> Files:
-    """In place: give an empty model the modules that a run would give it. Returns the files that saving it would write."""
-    run = copy.deepcopy(config)
-    run.modules = {name: config.module_entry(name, columns.likely) for name, columns in forms.items()}
-    swap_in_binary_modules(empty, run)
-    return weight_files(empty, layers, max_shard_size)
-
-
 def _bits(packed: PreTrainedModel) -> float:
     forms = [module.form for module in binary_modules(packed).values()]
     return sum(form.bits() for form in forms) / sum(form.out_features * form.in_features for form in forms)
 
 
-def _bounds(wanted: list[Matrix], config: ArbConfig, forms: dict[str, SalientColumns]) -> tuple[float, float]:
+def _bounds(wanted: list[Matrix], config: ArbConfig) -> tuple[float, float]:
+    """The fewest and the most bits per weight that come out, whatever the weights and the calibration data."""
+    if config.bits is not None:
+        return config.bits * (1 - TOLERANCE), config.bits * (1 + TOLERANCE)
     low = high = 0
     for each in wanted:
-        options, m = config.options(each.name), each.in_features
-        few, many = (options.form(each.weights // m, m, c) for c in (forms[each.name].fewest, forms[each.name].most))
-        low, high = low + few.bits(), high + many.bits()
+        n, m = each.weights // each.in_features, each.in_features
+        options = config.options(each.name)
+        columns = salient_columns(n, m, options)
+        low += options.form(n, m, columns.fewest).bits()
+        high += options.form(n, m, columns.most).bits()
     weights = sum(each.weights for each in wanted)
     return low / weights, high / weights
 

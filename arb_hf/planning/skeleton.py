@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
-from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..auto import auto_class
 from ..hub.source import naming, read_config, refuse_quantized
-from ..nn import binary_modules
+from ..skeleton import retype
 
 
 def skeleton_of(model_id: str | os.PathLike, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
@@ -38,25 +35,8 @@ def skeleton_of(model_id: str | os.PathLike, dtype: torch.dtype | str, trust_rem
         model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     model.config.name_or_path = name
     for key, stored in _kept_types(model, wanted).items():
-        _retype(model, key, stored)
+        retype(model, key, stored)
     return model
-
-
-def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
-    """A model on the meta device with the structure and the tensor types of a loaded one.
-
-    Raises:
-        ValueError: the model is binary already.
-    """
-    if binary_modules(model):
-        raise ValueError(f"{type(model).__name__} is quantized already (quant_method 'arb_hf'): plan with its original")
-    with torch.device("meta"):
-        empty = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    for name, tensor in empty.state_dict().items():
-        if types.get(name, tensor.dtype) != tensor.dtype:
-            _retype(empty, name, types[name])
-    return empty
 
 
 def _kept_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -73,13 +53,3 @@ def _kept_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
         if stored != tensor.dtype and tensor.is_floating_point():
             found[name] = stored
     return found
-
-
-def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Give a tensor of a model on the meta device another type."""
-    path, _, key = name.rpartition(".")
-    owner: Any = model.get_submodule(path)
-    if key in owner._parameters:
-        owner._parameters[key] = nn.Parameter(owner._parameters[key].to(dtype), requires_grad=False)
-    else:
-        owner._buffers[key] = owner._buffers[key].to(dtype)

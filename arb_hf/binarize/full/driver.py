@@ -72,11 +72,13 @@ def choose_salient_columns(weight: Tensor, factor: HessianFactor, options: Binar
 
 @functools.lru_cache(maxsize=256)
 def count_salient_columns(n: int, m: int, options: BinarizeOptions) -> int:
-    """How many columns of a matrix ``[n, m]`` get a second sign; the weights have no say in it.
+    """How many columns of a matrix ``[n, m]`` get a second sign: ``options.salient_columns``, where that is a number.
 
-    As many as bring the stored bits to those of the published form (float16 scales, 4.5 % of the columns salient), so
+    Else as many as bring the stored bits to those of the published form (float16 scales, 4.5 % of the columns salient), so
     that bits saved on scales are spent here; ``max_salient_columns`` per block on average at most.
     """
+    if options.salient_columns is not None:
+        return options.salient_columns
     limit = min(m, options.max_salient_columns * -(-m // options.block_size))
     if options.group_bitmap and not options.column_group_bitmap:
         return min(round(FREE_SALIENT * m), limit)

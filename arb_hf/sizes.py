@@ -1,22 +1,41 @@
-"""Sizes of a model's weight files to the byte: what ``save_pretrained`` writes, computed from a model without weights."""
+"""Sizes of a model's weight files to the byte, computed from a model without weights: what ``save_pretrained`` would write.
+
+And the other way round: the bits per weight that keep them within ``ArbConfig(max_size=...)``.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import safetensors.torch
 import torch
+from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
-from ..architecture import input_embeddings
-from ..checks import SAFETENSORS_TYPES
-from ..nn import binary_modules
+from .architecture import input_embeddings
+from .binarize import BinarizeOptions
+from .binarize.counts import salient_columns
+from .calibrate.choices import nominal_forms, possible_bits
+from .calibrate.decoder import find_decoder_layers, survey
+from .calibrate.tables import survey_tables
+from .checks import SAFETENSORS_TYPES
+from .config import ArbConfig
+from .coverage import Coverage, Matrix
+from .errors import ArbCalibrationError
+from .nn import binary_modules
+from .skeleton import skeleton_like, swap_in_binary_modules
+
+logger = logging.getLogger(__name__)
+ATTEMPTS, SLACK = 4, 64  # to come within a size, and bytes of a header's padding and more
 
 PATTERN = "model{suffix}.safetensors"
 ALIGNMENT = 8  # of a header's end
@@ -34,6 +53,74 @@ class Files:
     @property
     def total(self) -> int:
         return sum(self.sizes.values())
+
+
+def run_config(config: ArbConfig, coverage: Coverage, forms: Mapping[str, BinarizeOptions]) -> ArbConfig:
+    """The config as a run would leave it that gives the matrices these forms, ``salient_columns`` among them."""
+    run = copy.deepcopy(config)
+    run.modules = {name: config.module_entry(form, form.salient_columns or 0) for name, form in forms.items()}
+    run.embeddings = [each.name for each in coverage.tables if each.kept is None]
+    return run
+
+
+def likely_forms(config: ArbConfig, matrices: Sequence[Matrix]) -> dict[str, BinarizeOptions]:
+    """The forms of a run, with their number of salient columns, as far as shapes and options decide them.
+
+    With ``bits`` the forms are those of :func:`arb_hf.calibrate.choices.nominal_forms`.
+    """
+    forms = {}
+    for each in matrices:
+        options, m = config.options(each.name), each.in_features
+        count = salient_columns(each.weights // m, m, options).likely
+        forms[each.name] = dataclasses.replace(options, salient_columns=count)
+    return forms if config.bits is None else forms | nominal_forms(config, matrices, config.bits)
+
+
+def bits_within(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -> float:
+    """The most bits per weight with which the weight files of a run keep within ``config.max_size``.
+
+    Args:
+        model: the original; only its structure counts.
+        skip: names of modules that stay in full precision.
+
+    Raises:
+        ArbCalibrationError: no choice of forms has that size; the message has the range that is possible.
+    """
+    empty = skeleton_like(model)
+    prefix, layers = find_decoder_layers(empty)
+    coverage = dataclasses.replace(survey(empty, prefix, layers, config, skip), tables=survey_tables(empty, config))
+    matrices = coverage.to_binarize()
+    weights = sum(each.weights for each in matrices)
+    limit = bytes_of(config.max_size)
+
+    def size(bits: float) -> int:
+        there = skeleton_like(model)
+        asked = copy.deepcopy(config)
+        asked.max_size, asked.bits = None, bits
+        swap_in_binary_modules(there, run_config(asked, coverage, likely_forms(asked, matrices)))
+        return weight_files(there, prefix, "50GB").total
+
+    low, high = possible_bits(config, matrices)
+    least, most = size(low), size(high)
+    if limit < least:
+        raise ArbCalibrationError(
+            f"max_size={config.max_size!r} is not possible: with these options the weight files of "
+            f"{type(model).__name__} take {least / 1e6:,.1f} to {most / 1e6:,.1f} MB"
+        )
+    bits = min(high, low + (limit - least) * 8 / weights)
+    # Larger forms have more tensors and so longer headers: what is over goes.
+    for _ in range(ATTEMPTS):
+        over = size(bits) - limit
+        if over <= 0:
+            break
+        bits = max(low, bits - (over + SLACK) * 8 / weights)
+    logger.info("max_size=%s: %.4f bits per weight", config.max_size, bits)
+    return bits
+
+
+def bytes_of(size: int | str | None) -> int:
+    """``"600MB"`` as 600,000,000, by the rules of ``max_shard_size``."""
+    return int(convert_file_size_to_int(size.replace(" ", "").upper() if isinstance(size, str) else size or 0))
 
 
 def weight_files(model: PreTrainedModel, layers: str, max_shard_size: int | str) -> Files:
