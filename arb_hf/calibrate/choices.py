@@ -7,7 +7,6 @@ convex hull of every matrix's candidates (Shoham and Gersho, 1988).
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,12 +28,10 @@ class Budget:
     Attributes:
         open: options of the matrices that get a form, by full name.
         bits: that these may take together.
-        average: the asked bits per weight, over these and all others that are binarized.
     """
 
     open: Mapping[str, BinarizeOptions]
     bits: int
-    average: float
 
 
 def budget_of(config: ArbConfig, matrices: Sequence[Matrix], bits: float) -> Budget:
@@ -54,7 +51,7 @@ def budget_of(config: ArbConfig, matrices: Sequence[Matrix], bits: float) -> Bud
             f"bits={bits:g} is not possible for this model with these options: its binarized weights take "
             f"{(low + taken) / weights:.3f} to {(high + taken) / weights:.3f} bits on average"
         )
-    return Budget(free, max(budget, low), bits)
+    return Budget(free, max(budget, low))
 
 
 def possible_bits(config: ArbConfig, matrices: Sequence[Matrix]) -> tuple[float, float]:
@@ -166,12 +163,3 @@ def hull(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _slope(one: Candidate, other: Candidate) -> float:
     return (other.error - one.error) / (other.bits - one.bits)
-
-
-def error_at(candidates: Sequence[Candidate], bits: float) -> float:
-    """The error to expect at that many bits, between candidates along their hull."""
-    steps = hull(candidates)
-    for one, other in itertools.pairwise(steps):
-        if bits < other.bits:
-            return one.error + _slope(one, other) * max(bits - one.bits, 0)
-    return steps[-1].error

@@ -12,7 +12,7 @@ from arb_hf.binarize.full.driver import binarize_full
 from arb_hf.binarize.full.forms import Candidate, candidates, possible, worthwhile
 from arb_hf.binarize.hessian import factorize, output_error
 from arb_hf.binarize.options import BinarizeOptions
-from arb_hf.calibrate.choices import Choosable, choose, error_at, hull
+from arb_hf.calibrate.choices import Choosable, choose, hull
 
 OPTIONS = BinarizeOptions(refinement="full", scale_dtype="int8", block_size=64)
 
@@ -97,9 +97,3 @@ def test_what_the_hull_leaves_is_spent_between_its_corners():
     matrices = {"a": Choosable([candidate(10, 1.0), candidate(14, 0.9), candidate(20, 0.1)], 1.0)}
     assert choose(matrices, 19)["a"].bits == 14
     assert choose(matrices, 20)["a"].bits == 20
-
-
-def test_the_error_between_candidates_lies_on_their_hull():
-    found = [candidate(10, 1.0), candidate(14, 0.9), candidate(20, 0.1)]
-    assert error_at(found, 15) == pytest.approx(0.55)
-    assert [error_at(found, bits) for bits in (5, 10, 20, 30)] == [1.0, 1.0, 0.1, 0.1]
