@@ -7,10 +7,12 @@ Where things are, from the roof to the ground; a room imports from rooms below i
 ==================================  =====================================================================================
 ``cli``                             ``arb-hf``: ``parser`` answers at once, ``commands`` does the work
 ``lora``, ``scales``                training: adapters on a packed model, or its own scales at the same bits
-``planning``                        what a run would give, without the weights
+``planning``                        what a run would give, before it
 ``hub``                             loading with checks, publishing, the model card
 ``quantizer``                       transformers' hooks; thin
 ``export``, ``evaluate``, ``bits``  other formats; perplexity and accuracy; true bits of a model
+``sizes``                           bytes of the weight files, and the bits that fit into a size
+``skeleton``                        a model without weights, with the binary modules that a config names
 ``calibrate``, ``checks``           a whole run, decoder layer after decoder layer; what a packed checkpoint must satisfy
 ``config``, ``report``, ``text``    the choices of a run, the record of it, and how text is read
 ``folders``                         a model's folder, written as a whole

@@ -167,6 +167,48 @@ def test_a_model_without_gradients_falls_back_with_a_word(dense, monkeypatch, ca
     assert arb_hf.bits_per_weight(model) == pytest.approx(2.6, rel=0.005)
 
 
+def weight_bytes(folder):
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("size", [70_000, "0.075MB"])
+def test_the_weight_files_keep_within_the_size_and_fill_it(dense, tmp_path, size):
+    model = binarized(dense, max_size=size)
+    model.save_pretrained(tmp_path)
+    limit = size if isinstance(size, int) else 75_000
+    assert 0.98 * limit < weight_bytes(tmp_path) <= limit
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["max_size"] == size
+    assert stored["bits"] == pytest.approx(arb_hf.bits_per_weight(model), rel=0.005)
+    assert arb_hf.bits_per_weight(arb_hf.from_pretrained(tmp_path)) == arb_hf.bits_per_weight(model)
+    planned = arb_hf.plan(dense, tiny.config(**FULL, max_size=size))
+    assert planned.bytes == pytest.approx(weight_bytes(tmp_path), rel=0.01)
+    assert planned.bits_per_weight == pytest.approx(arb_hf.bits_per_weight(model), rel=0.005)
+
+
+def test_a_size_that_is_not_possible_is_refused_with_the_range_that_is(dense):
+    with pytest.raises(ArbCalibrationError, match=r"max_size='10KB' is not possible: .* take 0\.\d to 0\.\d MB"):
+        binarized(dense, max_size="10KB")
+
+
+def test_a_size_beyond_the_largest_form_takes_the_largest(dense):
+    largest = binarized(dense, max_size="1GB")
+    assert all(
+        each.groups == 2 and each.solve.salient_columns == each.in_features for each in largest.arb_report.matrices
+    )
+
+
+@pytest.mark.parametrize("size", ["large", "600", 0, -1, 1.5, True])
+def test_a_size_is_a_number_of_bytes_or_has_a_unit(size):
+    with pytest.raises(ValueError, match="max_size=.* is not allowed; allowed: a number of bytes"):
+        ArbConfig(max_size=size)
+
+
+def test_bits_and_a_size_exclude_each_other():
+    with pytest.raises(ValueError, match="max_size='1GB' is not allowed; allowed: None beside bits"):
+        ArbConfig(bits=2.5, max_size="1GB")
+
+
 def test_the_published_algorithm_refuses_bits():
     with pytest.raises(ValueError, match=r'bits=2\.5 is not allowed; allowed: None: refinement="paper"'):
         ArbConfig(refinement="paper", bits=2.5)
