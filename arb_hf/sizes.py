@@ -35,7 +35,6 @@ from .nn import binary_modules
 from .skeleton import skeleton_like, swap_in_binary_modules
 
 logger = logging.getLogger(__name__)
-ATTEMPTS, SLACK = 4, 64  # to come within a size, and bytes of a header's padding and more
 
 PATTERN = "model{suffix}.safetensors"
 ALIGNMENT = 8  # of a header's end
@@ -93,27 +92,19 @@ def bits_within(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -> f
     weights = sum(each.weights for each in matrices)
     limit = bytes_of(config.max_size)
 
-    def size(bits: float) -> int:
-        there = skeleton_like(model)
-        asked = copy.deepcopy(config)
-        asked.max_size, asked.bits = None, bits
-        swap_in_binary_modules(there, run_config(asked, coverage, likely_forms(asked, matrices)))
-        return weight_files(there, prefix, "50GB").total
-
     low, high = possible_bits(config, matrices)
-    least, most = size(low), size(high)
-    if limit < least:
+    # The largest forms have the most tensors, and so the longest headers: nothing that a run chooses has longer ones.
+    asked = copy.deepcopy(config)
+    asked.max_size, asked.bits = None, high
+    swap_in_binary_modules(empty, run_config(asked, coverage, likely_forms(asked, matrices)))
+    files = weight_files(empty, prefix, "50GB")
+    rest = files.total - files.parts[BINARY]
+    if limit < rest + low * weights / 8:
         raise ArbCalibrationError(
-            f"max_size={config.max_size!r} is not possible: with these options the weight files of "
-            f"{type(model).__name__} take {least / 1e6:,.1f} to {most / 1e6:,.1f} MB"
+            f"max_size={config.max_size!r} is not possible: with these options the weight files of {type(model).__name__} "
+            f"take {(rest + low * weights / 8) / 1e6:,.2f} to {files.total / 1e6:,.2f} MB"
         )
-    bits = min(high, low + (limit - least) * 8 / weights)
-    # Larger forms have more tensors and so longer headers: what is over goes.
-    for _ in range(ATTEMPTS):
-        over = size(bits) - limit
-        if over <= 0:
-            break
-        bits = max(low, bits - (over + SLACK) * 8 / weights)
+    bits = min(high, (limit - rest) * 8 / weights)
     logger.info("max_size=%s: %.4f bits per weight", config.max_size, bits)
     return bits
 

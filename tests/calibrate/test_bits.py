@@ -45,7 +45,7 @@ def experts(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("bits", [1.9, 2.6, 3.4])
+@pytest.mark.parametrize("bits", [2.0, 2.6, 3.4])
 def test_the_average_is_met(dense, bits):
     assert arb_hf.bits_per_weight(binarized(dense, bits=bits)) == pytest.approx(bits, rel=0.005)
 
@@ -176,7 +176,7 @@ def test_the_weight_files_keep_within_the_size_and_fill_it(dense, tmp_path, size
     model = binarized(dense, max_size=size)
     model.save_pretrained(tmp_path)
     limit = size if isinstance(size, int) else 75_000
-    assert 0.98 * limit < weight_bytes(tmp_path) <= limit
+    assert 0.96 * limit < weight_bytes(tmp_path) <= limit
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert stored["max_size"] == size
     assert stored["bits"] == pytest.approx(arb_hf.bits_per_weight(model), rel=0.005)
@@ -187,7 +187,7 @@ def test_the_weight_files_keep_within_the_size_and_fill_it(dense, tmp_path, size
 
 
 def test_a_size_that_is_not_possible_is_refused_with_the_range_that_is(dense):
-    with pytest.raises(ArbCalibrationError, match=r"max_size='10KB' is not possible: .* take 0\.\d to 0\.\d MB"):
+    with pytest.raises(ArbCalibrationError, match=r"max_size='10KB' is not possible: .* take 0\.\d\d to 0\.\d\d MB"):
         binarized(dense, max_size="10KB")
 
 
@@ -200,12 +200,12 @@ def test_a_size_beyond_the_largest_form_takes_the_largest(dense):
 
 @pytest.mark.parametrize("size", ["large", "600", 0, -1, 1.5, True])
 def test_a_size_is_a_number_of_bytes_or_has_a_unit(size):
-    with pytest.raises(ValueError, match="max_size=.* is not allowed; allowed: a number of bytes"):
+    with pytest.raises(ValueError, match=r"max_size=.* is not allowed; allowed: a number of bytes"):
         ArbConfig(max_size=size)
 
 
 def test_bits_and_a_size_exclude_each_other():
-    with pytest.raises(ValueError, match="max_size='1GB' is not allowed; allowed: None beside bits"):
+    with pytest.raises(ValueError, match=r"max_size='1GB' is not allowed; allowed: None beside bits"):
         ArbConfig(bits=2.5, max_size="1GB")
 
 
