@@ -84,7 +84,7 @@ class ModelPlan:
         }
 
     def __str__(self) -> str:
-        about = "" if self.exact else "about "
+        all_files = "all" if self.exact else "all, about"
         lines = [f"{self.model}: {self.class_name} in {self.dtype}", "", self.coverage.table(), ""]
         lines += [f"{'weight files':<44}{'MB':>12}"]
         for part, size in self.parts.items():
@@ -92,7 +92,7 @@ class ModelPlan:
                 bits = f"  {self._bits()}" if part == BINARY else ""
                 lines.append(f"{part:<44}{size / 1e6:>12,.2f}{bits}")
         count = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
-        lines.append(f"{about + 'all':<44}{self.bytes / 1e6:>12,.2f}  {count}; the original {self.original / 1e6:,.2f}")
+        lines.append(f"{all_files:<44}{self.bytes / 1e6:>12,.2f}  {count}; the original {self.original / 1e6:,.2f}")
         lines += ["", f"needs: {self.needs}", f"time: {self._time()}"]
         return "\n".join(lines)
 
@@ -104,7 +104,7 @@ class ModelPlan:
 
     def _time(self) -> str:
         parts = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items())
-        return f"about {_duration(sum(self.seconds.values()))} ({parts}), half or twice of it"
+        return f"about {_duration(sum(self.seconds.values()))} ({parts}); it may be half or twice that"
 
 
 def plan(
@@ -164,7 +164,7 @@ def plan(
 
 
 def _columns(matrix: Matrix, config: ArbConfig) -> SalientColumns:
-    """The form that a run would give a matrix, which is a matter of its salient columns."""
+    """The form that a run would give a matrix: with these options all but the number of its salient columns is known."""
     return salient_columns(matrix.weights // matrix.in_features, matrix.in_features, config.options(matrix.name))
 
 
