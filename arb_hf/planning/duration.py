@@ -24,13 +24,14 @@ from ..names import kind_of
 SIZE, TIMES = 1024, 3  # of the measured product
 # Fitted, in operations that take as long as the measured product's.
 FACTOR = 4.0  # factorizing, per cubed width of the inputs
-PER_WEIGHT = {"full": 105_000.0, "paper": 33_000.0}  # binarizing, beside the next
+PER_WEIGHT = {"full": 130_000.0, "paper": 33_000.0}  # binarizing, beside the next
 PER_WEIGHT_AND_COLUMN = {"full": 9.0, "paper": 3.0}  # its matrix products
 LATENT = 6_000.0  # tuning, per weight and step, for the latent weights
 ELEMENT = 600.0  # a pass, per number that goes into a matrix or comes out: norms, activations, attention
 PASS_SHARE = 0.5  # of the measured speed that the matrix products of a pass reach
 SUM_SHARE = 0.6  # of the full square that X^T X computes
-PER_CALL = 5e-5  # seconds, of one matrix and one batch
+PER_CALL = 1.5e-4  # seconds, of one matrix and one batch
+PER_MATRIX = 1.5e-2  # seconds, of binarizing one
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _layer(
         solved += each.weights * (PER_WEIGHT[refinement] + PER_WEIGHT_AND_COLUMN[refinement] * each.in_features)
     seconds = {
         "hessian": passes(1) + sums / speed.float32,
-        "binarize": (factors + solved) / speed.float32,
+        "binarize": (factors + solved) / speed.float32 + PER_MATRIX * len(binary),
         "recompute": passes(2 if followed else 1),
     }
     if tuned:
