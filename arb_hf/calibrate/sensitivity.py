@@ -42,9 +42,10 @@ NOISE = 0.045
 # What few tokens say of one matrix is drawn towards the mean of its kind by this share.
 SHRINK = 0.25
 # Parts add up only while all errors are small; the larger they are, the less does one matter beside the others. So what a
-# weight of one matrix matters relative to those of others counts with this exponent. SmolLM2-135M at 1.45 bits, not tuned:
-# gap 2.92 with 0, 2.37 with 0.5, 2.66 with 1, and 2.59 with all matrices alike.
-EXPONENT = 0.5
+# weight of one matrix costs relative to those of others counts in full from this many bits on, and below with their share as
+# an exponent. SmolLM2-135M, not tuned: at 1.45 bits the gap is 2.92 with an exponent of 0, 2.37 with 0.5, 2.66 with 1, and 2.59
+# with all matrices alike; at 2.87 bits it is 0.58 with 0.5, 0.53 with 1, and 0.56 with all alike.
+IN_FULL = 2.9
 POOL, STRIDE = 1 << 22, 769  # normal numbers that all noise is cut from, and how far on the next token's begin
 
 
@@ -114,7 +115,7 @@ def choose_forms(run: Run, batches: Sequence[Batch], budget: Budget) -> dict[str
         batches: of the whole run, so that any number of processes chooses the same.
     """
     probe = list(capture(run.model, run.layers, windows_of(batches)))
-    measured = measure(run, probe, budget.open)
+    measured = measure(run, probe, budget)
     chosen = choose(measured, budget.bits)
     return {name: ChosenForm(each.options, measured[name].importance) for name, each in chosen.items()}
 
@@ -133,12 +134,11 @@ def windows_of(batches: Sequence[Batch]) -> list[Batch]:
     return found
 
 
-def measure(run: Run, batches: list[CapturedBatch], options: Mapping[str, BinarizeOptions]) -> dict[str, Choosable]:
+def measure(run: Run, batches: list[CapturedBatch], budget: Budget) -> dict[str, Choosable]:
     """Candidates and importance of every matrix, by full name.
 
     Args:
         batches: captured before the first layer, of one sequence of at most ``LENGTH`` tokens each; used up.
-        options: of the matrices that are to get a form, by full name.
     """
     generator = torch.Generator("cpu").manual_seed(run.config.seed)
     pool = torch.randn(POOL, generator=generator, dtype=torch.float32, device="cpu").to(run.device)
@@ -148,8 +148,8 @@ def measure(run: Run, batches: list[CapturedBatch], options: Mapping[str, Binari
     for index in sorted(batches[0].arguments):
         layer = run.layers[index]
         with on_device(layer, run.device):
-            linears = {name: each for name, each in _linears(run, index).items() if name in options}
-            found = _probe(layer, linears, batches, index, options)
+            linears = {name: each for name, each in _linears(run, index).items() if name in budget.open}
+            found = _probe(layer, linears, batches, index, budget.open)
             inputs[index] = noisy
             with _output_hooks(linears, functools.partial(_added, found, pool)):
                 noisy = [
@@ -175,7 +175,7 @@ def measure(run: Run, batches: list[CapturedBatch], options: Mapping[str, Binari
             str(error).partition("\n")[0],
         )
         return {name: Choosable(each.candidates, each.weights) for name, each in probes.items()}
-    return _importances(probes)
+    return _importances(probes, min(1.0, budget.average / IN_FULL))
 
 
 def _linears(run: Run, index: int) -> dict[str, nn.Linear]:
@@ -287,7 +287,7 @@ def _backward(
     return before
 
 
-def _importances(probes: Mapping[str, _Probe]) -> dict[str, Choosable]:
+def _importances(probes: Mapping[str, _Probe], exponent: float) -> dict[str, Choosable]:
     """What a unit of each matrix's error costs, up to a factor, from its part of the divergence."""
     kinds: dict[str, list[float]] = {}
     for name, each in probes.items():
@@ -298,5 +298,5 @@ def _importances(probes: Mapping[str, _Probe]) -> dict[str, Choosable]:
         # By weight, so that experts of few tokens and matrices of every size compare.
         mean, own = sum(of_kind) / len(of_kind), max(each.part, 0.0) / each.weights
         cost = (SHRINK * mean + (1 - SHRINK) * own) / each.error if each.error > 0 else 0.0
-        found[name] = Choosable(each.candidates, each.weights * cost**EXPONENT)
+        found[name] = Choosable(each.candidates, each.weights * cost**exponent)
     return found
