@@ -61,8 +61,15 @@ BINARY: dict[str, tuple[str, dict[str, Any]]] = {
     "tuned, one group": ("tuned", TUNED | ONE_GROUP),
     "tuned": ("tuned", TUNED | NO_CGB),
     "tuned + CGB": ("tuned", TUNED),
+    **{f"bits={bits}": ("bits", FULL | {"bits": bits}) for bits in (1.3, 1.45, 1.6, 2.0, 2.3, 2.6, 2.87, 3.2)},
+    **{f"bits={bits}, tuned": ("bits, tuned", TUNED | {"bits": bits}) for bits in (1.45, 2.3, 2.87)},
 }
-OURS = {"full": 'arb_hf, refinement="full", not tuned', "tuned": 'arb_hf, refinement="full"'}
+OURS = {
+    "full": "arb_hf, all matrices alike, not tuned",
+    "tuned": "arb_hf, all matrices alike",
+    "bits": "arb_hf, bits=..., not tuned",
+    "bits, tuned": "arb_hf, bits=...",
+}
 Rounding = Callable[[Tensor, HessianFactor], Tensor]
 
 

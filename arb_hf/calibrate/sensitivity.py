@@ -16,7 +16,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,12 @@ LENGTH = 512  # tokens of a window at most: predictions over a large vocabulary 
 # Squared error of a weight in units of its size for which there is noise: that of 2.7 bits. It does not depend on the bits
 # that are asked for: behind more noise the parts are lost in the whole.
 NOISE = 0.045
-# What few tokens say of one matrix is drawn towards the mean of its kind by this share.
-SHRINK = 0.25
 # Parts add up only while all errors are small; the larger they are, the less does one matter beside the others. So what a
 # weight of one matrix costs relative to those of others counts in full from this many bits on, and below with their share as
 # an exponent. SmolLM2-135M, not tuned: at 1.45 bits the gap is 2.92 with an exponent of 0, 2.37 with 0.5, 2.66 with 1, and 2.59
 # with all matrices alike; at 2.87 bits it is 0.58 with 0.5, 0.53 with 1, and 0.56 with all alike.
 IN_FULL = 2.9
+LEAST = 0.05  # of the mean of its kind: what a matrix costs at least
 POOL, STRIDE = 1 << 22, 769  # normal numbers that all noise is cut from, and how far on the next token's begin
 
 
@@ -99,13 +98,13 @@ class _Noise:
 @dataclass
 class _Probe:
     """One matrix of ``weights`` weights: its candidates, its noise, the relative error that this noise stands for, and its
-    part of the divergence that all noise causes."""
+    part of the divergence that all noise causes, in every window."""
 
     candidates: list[Candidate]
     error: float
     noise: _Noise
     weights: int
-    part: float = 0.0
+    parts: list[float] = field(default_factory=list)
 
 
 def choose_forms(run: Run, batches: Sequence[Batch], budget: Budget) -> dict[str, ChosenForm]:
@@ -283,20 +282,34 @@ def _backward(
         before.append(found[0].to("cpu"))
         for name, part in zip(strengths, found[1:], strict=True):
             # The divergence is about quadratic in the noise: half of its derivative is the part of this matrix.
-            probes[name].part += 0.0 if part is None else part.item() / 2
+            probes[name].parts.append(0.0 if part is None else part.item() / 2)
     return before
 
 
 def _importances(probes: Mapping[str, _Probe], exponent: float) -> dict[str, Choosable]:
     """What a unit of each matrix's error costs, up to a factor, from its part of the divergence."""
-    kinds: dict[str, list[float]] = {}
+    kinds: dict[str, list[_Probe]] = {}
     for name, each in probes.items():
-        kinds.setdefault(kind_of(name), []).append(max(each.part, 0.0) / each.weights)
-    found = {}
-    for name, each in probes.items():
-        of_kind = kinds[kind_of(name)]
-        # By weight, so that experts of few tokens and matrices of every size compare.
-        mean, own = sum(of_kind) / len(of_kind), max(each.part, 0.0) / each.weights
-        cost = (SHRINK * mean + (1 - SHRINK) * own) / each.error if each.error > 0 else 0.0
-        found[name] = Choosable(each.candidates, each.weights * cost**exponent)
-    return found
+        kinds.setdefault(kind_of(name), []).append(each)
+    costs: dict[int, float] = {}
+    for alike in kinds.values():
+        costs |= zip(map(id, alike), _costs(alike), strict=True)
+    return {
+        name: Choosable(each.candidates, each.weights * costs[id(each)] ** exponent) for name, each in probes.items()
+    }
+
+
+def _costs(alike: Sequence[_Probe]) -> list[float]:
+    """What an error costs by weight, of matrices of one kind: measured on few tokens, and so drawn towards their mean.
+
+    By how much follows from the windows: by the share of chance in what differs from matrix to matrix (an empirical
+    Bayes estimate, Efron and Morris, 1973).
+    """
+    windows = torch.tensor([each.parts for each in alike], dtype=torch.float64)
+    windows /= torch.tensor([[each.weights * max(each.error, 1e-30)] for each in alike], dtype=torch.float64)
+    found, count = windows.mean(1), windows.shape[1]
+    spread = found.var().item() if len(alike) > 1 else 0.0
+    chance = windows.var(1).mean().item() / count if count > 1 else 0.0
+    kept = max(spread - chance, 0.0) / spread if spread > 0 else 1.0
+    drawn = found.mean() + kept * (found - found.mean())
+    return drawn.clamp(min=LEAST * found.mean().clamp(min=0).item()).tolist()
