@@ -186,7 +186,7 @@ def header_size(tensors: Mapping[str, Tensor]) -> int:
 def _stored_order() -> list[torch.dtype]:
     """The order in which safetensors stores tensors of different types: found by asking it."""
     by_name = {safetensors_name: dtype for dtype, safetensors_name in SAFETENSORS_TYPES.items()}
-    data = safetensors.torch.save({name: torch.empty(0, dtype=dtype) for name, dtype in by_name.items()})
+    data = safetensors.torch.save({name: torch.empty(0, dtype=dtype, device="cpu") for name, dtype in by_name.items()})
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return [by_name[name] for name in header]
 

@@ -96,8 +96,8 @@ def test_options_of_a_module():
     assert config.options("x.down_proj") == config.options()
     assert (config.keeps("a.b"), config.keeps("x.up_proj"), config.keeps("b")) == ("a", None, None)
     one_group = {"group_bitmap": False, "column_group_bitmap": False}
-    assert config.module_entry("x.up_proj", 5) == {"salient_columns": 5} | one_group
-    assert config.module_entry("x.down_proj", 5) == {"salient_columns": 5}
+    assert config.module_entry(config.options("x.up_proj"), 5) == {"salient_columns": 5} | one_group
+    assert config.module_entry(config.options("x.down_proj"), 5) == {"salient_columns": 5}
 
 
 def test_a_refinement_of_a_modules_own_brings_its_scale_type_along():
@@ -108,7 +108,7 @@ def test_a_refinement_of_a_modules_own_brings_its_scale_type_along():
     }
     config = ArbConfig(scale_dtype="bfloat16", overrides=own)
     assert [config.options(name).scale_dtype for name in "abcd"] == ["float16", "float32", "bfloat16", "bfloat16"]
-    assert config.module_entry("a", 5) == {"salient_columns": 5, "scale_dtype": "float16"}
+    assert config.module_entry(config.options("a"), 5) == {"salient_columns": 5, "scale_dtype": "float16"}
 
 
 OVERRIDES = {

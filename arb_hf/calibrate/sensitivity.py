@@ -44,7 +44,7 @@ NOISE = 0.045
 # an exponent. SmolLM2-135M, not tuned: at 1.45 bits the gap is 2.92 with an exponent of 0, 2.37 with 0.5, 2.66 with 1, and 2.59
 # with all matrices alike; at 2.87 bits it is 0.58 with 0.5, 0.53 with 1, and 0.56 with all alike.
 IN_FULL = 2.9
-LEAST = 0.05  # of the mean of its kind: what a matrix costs at least
+LEAST = 0.02  # of the mean over all matrices: what the errors of one cost at least
 POOL, STRIDE = 1 << 22, 769  # normal numbers that all noise is cut from, and how far on the next token's begin
 
 
@@ -268,7 +268,9 @@ def _backward(
     for batch, start, gradient in zip(batches, inputs, gradients, strict=True):
         with torch.enable_grad():
             hidden = start.detach().to(run.device).requires_grad_()
-            strengths = {name: torch.ones((), device=run.device, requires_grad=True) for name in linears}
+            strengths = {
+                name: torch.ones((), dtype=torch.float32, device=run.device, requires_grad=True) for name in linears
+            }
 
             def added(name: str, x: Tensor, out: Tensor, strengths: dict[str, Tensor] = strengths) -> Tensor:
                 return strengths[name] * probes[name].noise.of_call(pool, x, out)
@@ -288,14 +290,16 @@ def _backward(
 
 def _importances(probes: Mapping[str, _Probe], exponent: float) -> dict[str, Choosable]:
     """What a unit of each matrix's error costs, up to a factor, from its part of the divergence."""
-    kinds: dict[str, list[_Probe]] = {}
-    for name, each in probes.items():
-        kinds.setdefault(kind_of(name), []).append(each)
-    costs: dict[int, float] = {}
-    for alike in kinds.values():
-        costs |= zip(map(id, alike), _costs(alike), strict=True)
+    kinds: dict[str, list[str]] = {}
+    for name in probes:
+        kinds.setdefault(kind_of(name), []).append(name)
+    costs: dict[str, float] = {}
+    for names in kinds.values():
+        costs |= zip(names, _costs([probes[name] for name in names]), strict=True)
+    least = LEAST * sum(max(each, 0.0) for each in costs.values()) / max(len(costs), 1)
     return {
-        name: Choosable(each.candidates, each.weights * costs[id(each)] ** exponent) for name, each in probes.items()
+        name: Choosable(each.candidates, each.weights * max(costs[name], least) ** exponent)
+        for name, each in probes.items()
     }
 
 
@@ -305,11 +309,13 @@ def _costs(alike: Sequence[_Probe]) -> list[float]:
     By how much follows from the windows: by the share of chance in what differs from matrix to matrix (an empirical
     Bayes estimate, Efron and Morris, 1973).
     """
-    windows = torch.tensor([each.parts for each in alike], dtype=torch.float64)
-    windows /= torch.tensor([[each.weights * max(each.error, 1e-30)] for each in alike], dtype=torch.float64)
+    windows = torch.tensor(
+        [[part / (each.weights * max(each.error, 1e-30)) for part in each.parts] for each in alike],
+        dtype=torch.float64,
+        device="cpu",
+    )
     found, count = windows.mean(1), windows.shape[1]
     spread = found.var().item() if len(alike) > 1 else 0.0
     chance = windows.var(1).mean().item() / count if count > 1 else 0.0
     kept = max(spread - chance, 0.0) / spread if spread > 0 else 1.0
-    drawn = found.mean() + kept * (found - found.mean())
-    return drawn.clamp(min=LEAST * found.mean().clamp(min=0).item()).tolist()
+    return (found.mean() + kept * (found - found.mean())).tolist()

@@ -57,8 +57,8 @@ def quantize(args: argparse.Namespace) -> Said:
     dtype, out = _dtype(args), Path(args.out)
     config = _config(args)
     _refuse_existing(args, out)
-    logger.info("the plan of this run\n%s", _planned(args, config, dtype))
     with _writable(out, args.model):
+        logger.info("the plan of this run\n%s", _planned(args, config, dtype))
         return _quantize(args, config, dtype, out)
 
 

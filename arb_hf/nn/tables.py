@@ -179,7 +179,7 @@ def restore_tables(model: PreTrainedModel, skeleton: nn.Module, dtype: torch.dty
             dense[key] = nn.Parameter(table.dequantized(dtype), requires_grad=False)
         module: Any = skeleton.get_submodule(name)
         if isinstance(table, Int8Embedding) and isinstance(getattr(module, "embed_scale", None), Tensor):
-            module.embed_scale = torch.tensor(table.factor, device=table.weight.device)
+            module.embed_scale = torch.tensor(table.factor, dtype=torch.float32, device=table.weight.device)
         module.weight = dense[key]
         if isinstance(table, Int8Head) and table.bias is not None:
             module.bias = nn.Parameter(table.bias.detach().to(dtype), requires_grad=False)

@@ -181,7 +181,7 @@ def test_the_weight_files_keep_within_the_size_and_fill_it(dense, tmp_path, size
     assert stored["max_size"] == size
     assert stored["bits"] == pytest.approx(arb_hf.bits_per_weight(model), rel=0.005)
     assert arb_hf.bits_per_weight(arb_hf.from_pretrained(tmp_path)) == arb_hf.bits_per_weight(model)
-    planned = arb_hf.plan(dense, tiny.config(**FULL, max_size=size))
+    planned = arb_hf.plan(dense, tiny.config(**FULL, max_size=size, sequence_length=24))
     assert planned.bytes == pytest.approx(weight_bytes(tmp_path), rel=0.01)
     assert planned.bits_per_weight == pytest.approx(arb_hf.bits_per_weight(model), rel=0.005)
 

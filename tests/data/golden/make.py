@@ -88,6 +88,7 @@ def cases() -> dict[str, Case]:
         {"tie_word_embeddings": False},
         tables | {"overrides": {"*.embed_tokens": None}},
     )
+    found["bits"] = ("llama", {"num_hidden_layers": 2}, tables | {"bits": 6.0})
     found["int8-none"] = ("llama", {}, {"embedding_dtype": "model"})
     return found
 
