@@ -26,7 +26,7 @@ class MatrixRecord:
 
     ``tokens``: calibration tokens that reached it. ``borrowed``: share of its Hessian that stands for tokens of the
     layer's other experts, because too few reached this one. ``groups``, ``salient_groups``: of its form.
-    ``importance``: in a run with ``bits``, what a unit of its output error costs the model, up to a factor (:mod:`arb_hf.calibrate.sensitivity`).
+    ``importance``: in a run with ``bits``, what a unit of its relative output error costs the model (:mod:`arb_hf.calibrate.sensitivity`).
     """
 
     name: str

@@ -28,12 +28,10 @@ class Budget:
     Attributes:
         open: options of the matrices that get a form, by full name.
         bits: that these may take together.
-        average: the asked bits per weight, over these and all others that are binarized.
     """
 
     open: Mapping[str, BinarizeOptions]
     bits: int
-    average: float
 
 
 def budget_of(config: ArbConfig, matrices: Sequence[Matrix], bits: float) -> Budget:
@@ -53,7 +51,7 @@ def budget_of(config: ArbConfig, matrices: Sequence[Matrix], bits: float) -> Bud
             f"bits={bits:g} is not possible for this model with these options: its binarized weights take "
             f"{(low + taken) / weights:.3f} to {(high + taken) / weights:.3f} bits on average"
         )
-    return Budget(free, max(budget, low), bits)
+    return Budget(free, max(budget, low))
 
 
 def possible_bits(config: ArbConfig, matrices: Sequence[Matrix]) -> tuple[float, float]:

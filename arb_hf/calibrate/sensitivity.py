@@ -39,11 +39,6 @@ LENGTH = 512  # tokens of a window at most: predictions over a large vocabulary 
 # Squared error of a weight in units of its size for which there is noise: that of 2.7 bits. It does not depend on the bits
 # that are asked for: behind more noise nothing is left to tell the matrices apart.
 NOISE = 0.045
-# Parts add up only while all errors are small; the larger they are, the less does one matter beside the others. So what a
-# weight of one matrix costs relative to those of others counts in full from this many bits on, and below with their share as
-# an exponent. SmolLM2-135M, not tuned: at 1.45 bits the gap is 2.92 with an exponent of 0, 2.37 with 0.5, 2.66 with 1, and 2.59
-# with all matrices alike; at 2.87 bits it is 0.58 with 0.5, 0.53 with 1, and 0.56 with all alike.
-IN_FULL = 2.9
 LEAST = 0.02  # of the mean over all matrices: what the errors of one, such as an expert of few tokens, cost at least
 POOL, STRIDE = 1 << 22, 769  # normal numbers that all noise is cut from, and how far on the next token's begin
 
@@ -115,7 +110,7 @@ def choose_forms(run: Run, batches: Sequence[Batch], budget: Budget) -> dict[str
         batches: of the whole run, so that any number of processes chooses the same.
     """
     probe = list(capture(run.model, run.layers, windows_of(batches)))
-    measured = measure(run, probe, budget)
+    measured = measure(run, probe, budget.open)
     chosen = choose(measured, budget.bits)
     return {name: ChosenForm(each.options, measured[name].importance) for name, each in chosen.items()}
 
@@ -134,11 +129,12 @@ def windows_of(batches: Sequence[Batch]) -> list[Batch]:
     return found
 
 
-def measure(run: Run, batches: list[CapturedBatch], budget: Budget) -> dict[str, Choosable]:
+def measure(run: Run, batches: list[CapturedBatch], options: Mapping[str, BinarizeOptions]) -> dict[str, Choosable]:
     """Candidates and importance of every matrix, by full name.
 
     Args:
         batches: captured before the first layer, of one sequence of at most ``LENGTH`` tokens each; used up.
+        options: of the matrices that are to get a form, by full name.
     """
     generator = torch.Generator("cpu").manual_seed(run.config.seed)
     pool = torch.randn(POOL, generator=generator, dtype=torch.float32, device="cpu").to(run.device)
@@ -147,8 +143,8 @@ def measure(run: Run, batches: list[CapturedBatch], budget: Budget) -> dict[str,
     for index in sorted(batches[0].arguments):
         layer = run.layers[index]
         with on_device(layer, run.device):
-            linears = {name: each for name, each in _linears(run, index).items() if name in budget.open}
-            found = _probe(layer, linears, batches, index, budget.open)
+            linears = {name: each for name, each in _linears(run, index).items() if name in options}
+            found = _probe(layer, linears, batches, index, options)
             inputs[index] = [batch.hidden for batch in batches]
             with _noisy(linears, found, pool):
                 for batch in batches:
@@ -170,7 +166,7 @@ def measure(run: Run, batches: list[CapturedBatch], budget: Budget) -> dict[str,
             str(error).partition("\n")[0],
         )
         return {name: Choosable(each.candidates, each.weights) for name, each in probes.items()}
-    return _importances(probes, min(1.0, budget.average / IN_FULL))
+    return _importances(probes)
 
 
 def _linears(run: Run, index: int) -> dict[str, nn.Linear]:
@@ -284,11 +280,8 @@ def _backward(
     return before
 
 
-def _importances(probes: Mapping[str, _Probe], exponent: float) -> dict[str, Choosable]:
-    """What a unit of each matrix's error costs, up to a factor, from the divergence that its noise causes."""
+def _importances(probes: Mapping[str, _Probe]) -> dict[str, Choosable]:
+    """What a unit of each matrix's error costs, from the divergence that its noise causes."""
     costs = {name: each.divergence / (each.weights * max(each.error, 1e-30)) for name, each in probes.items()}
     least = LEAST * sum(costs.values()) / max(len(costs), 1)
-    return {
-        name: Choosable(each.candidates, each.weights * max(costs[name], least) ** exponent)
-        for name, each in probes.items()
-    }
+    return {name: Choosable(each.candidates, each.weights * max(costs[name], least)) for name, each in probes.items()}
