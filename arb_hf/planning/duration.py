@@ -29,7 +29,7 @@ PER_WEIGHT = {"full": 130_000.0, "paper": 33_000.0}  # binarizing, beside the ne
 PER_WEIGHT_AND_COLUMN = {"full": 9.0, "paper": 3.0}  # its matrix products
 LATENT = 6_000.0  # tuning, per weight and step, for the latent weights
 ELEMENT = 600.0  # a pass, per number that goes into a matrix or comes out: norms, activations, attention
-CHOICE_PASSES = 5  # for inputs, with noise, again for gradients, and these
+CHOICE_PASSES = 5  # the inputs, the noise, and backward twice a pass and what it recomputes
 PASS_SHARE = 0.5  # of the measured speed that the matrix products of a pass reach
 SUM_SHARE = 0.6  # of the full square that X^T X computes
 PER_CALL = 1.5e-4  # seconds, of one matrix and one batch
@@ -122,9 +122,9 @@ def _layer(
         "recompute": passes(2 if followed else 1),
     }
     if config.bits is not None:
-        products = sum(2 * each.weights * each.in_features for each in binary)  # W H, for the energy of outputs
+        energies = sum(2 * each.weights * each.in_features for each in binary)  # of outputs, tr(W H W^T)
         probed = passes(CHOICE_PASSES, of=min(CHOICE_TOKENS / tokens, 1.0))
-        seconds["choice of forms"] = probed + (factors + products) / speed.float32
+        seconds["choice of forms"] = probed + (factors + energies) / speed.float32
     if tuned:
         step = max(max(batches), STEP_TOKENS) / tokens
         gradients = passes(3 * config.tune_steps, of=step) + LATENT * weights * config.tune_steps / speed.float32
