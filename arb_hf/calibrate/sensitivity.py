@@ -34,7 +34,7 @@ from .plan import hessian_budget
 from .state import ChosenForm, Run
 
 logger = logging.getLogger(__name__)
-TOKENS = 2048  # of the calibration data, about
+TOKENS = 1536  # of the calibration data, at least
 LENGTH = 512  # tokens of a window at most: predictions over a large vocabulary take memory
 # Squared error of a weight in units of its size for which there is noise: that of 2.7 bits. It does not depend on the bits
 # that are asked for: behind more noise nothing is left to tell the matrices apart.
