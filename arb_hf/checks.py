@@ -29,6 +29,7 @@ from .format.packing import unpack_mask
 from .nn import BinaryLinear, binary_modules, int8_tables
 from .nn.experts import find_stacks
 from .nn.int8 import Int8Table
+from .nn.tables import ties_of
 
 SAFETENSORS_TYPES = {
     torch.int32: "I32",
@@ -163,7 +164,7 @@ def check_model(model: PreTrainedModel, entries: Entries, new_head: bool = False
     """
     expected: dict[str, tuple[tuple[int, ...], str | None]] = {}
     modules: dict[str, BinaryLinear | Int8Table] = {**binary_modules(model), **int8_tables(model)}
-    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    ties = ties_of(model)
     for name, module in modules.items():
         for part, (shape, stored) in module.form.tensors().items():
             key = f"{name}.{part}"
@@ -197,7 +198,7 @@ def check_ties(model: PreTrainedModel, entries: Entries) -> None:
         ArbFormatError: naming it; transformers would only tie the two if they were equal.
     """
     tables = int8_tables(model)
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for target, source in ties_of(model).items():
         if target in entries and target.rpartition(".")[0] in tables:
             raise ArbFormatError(f"{entries[target].file}: surplus tensor {target}: config.json ties it to {source}")
 
@@ -227,7 +228,7 @@ def _names(entries: Entries) -> str:
 def _optional_names(model: PreTrainedModel, new_head: bool) -> Any:
     """A test whether a checkpoint may lack a tensor: one tied to another, a buffer, one of a new head, or as the class says."""
     backbone = "" if model.base_model is model else f"{model.base_model_prefix}."
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = set(ties_of(model))
     patterns = [re.compile(each) for each in model._keys_to_ignore_on_load_missing or ()]
     buffers = {name for name, _ in model.named_buffers()}
     return lambda key: (

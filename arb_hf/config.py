@@ -16,7 +16,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .binarize.methods import METHODS
-from .binarize.options import REFINEMENTS, SALIENT_METRICS, SCALE_DTYPE, BinarizeOptions
+from .binarize.options import CHOSEN_BY_USERS, REFINEMENTS, SALIENT_METRICS, SCALE_DTYPE, BinarizeOptions
 from .errors import ArbFormatError
 from .format import FORMAT_VERSION, WORD
 from .format.form import SCALE_DTYPES, BinaryForm
@@ -29,7 +29,7 @@ MAX_BITS = 16  # more than any form takes; what a model's forms can take is know
 # Objects a user may pass that have no place in JSON; copies of the config share them.
 SHARED = ("dataset", "tokenizer")
 # Options that a module may have for itself, and those of them that its packed form depends on.
-PER_MODULE = tuple(field.name for field in dataclasses.fields(BinarizeOptions) if field.name != "salient_columns")
+PER_MODULE = CHOSEN_BY_USERS
 FORM_OPTIONS = ("method", "block_size", "group_bitmap", "column_group_bitmap", "scale_dtype")
 # Options that have one of a few names.
 CHOICES = {
@@ -336,10 +336,10 @@ class ArbConfig(QuantizationConfigMixin):
             ArbCalibrationError: two equally specific overrides cover the module.
         """
         common = BinarizeOptions.of(self)
-        pattern = None if name is None or not self.overrides else select(self.overrides, name)
+        pattern, given = (None, None) if name is None else self.override(name)
         if pattern is None:
             return common
-        chosen = dict((self.overrides or {})[pattern] or {})
+        chosen = dict(given or {})
         if "refinement" in chosen:
             chosen.setdefault("scale_dtype", SCALE_DTYPE[chosen["refinement"]])
         own = dataclasses.replace(common, **chosen)
@@ -347,8 +347,18 @@ class ArbConfig(QuantizationConfigMixin):
 
     def keeps(self, name: str) -> str | None:
         """The override pattern that keeps a module in full precision, or None."""
-        pattern = select(self.overrides, name) if self.overrides else None
-        return pattern if pattern is not None and (self.overrides or {})[pattern] is None else None
+        pattern, given = self.override(name)
+        return pattern if given is None else None
+
+    def override(self, name: str) -> tuple[str | None, Mapping[str, Any] | None]:
+        """The pattern in ``overrides`` that decides for a module, and what it says; None without one.
+
+        Raises:
+            ArbCalibrationError: two equally specific overrides cover the module.
+        """
+        overrides = self.overrides or {}
+        pattern = select(overrides, name) if overrides else None
+        return pattern, None if pattern is None else overrides[pattern]
 
     def module_entry(self, own: BinarizeOptions, salient_columns: int) -> dict[str, Any]:
         """What ``modules`` holds about a module binarized with ``own`` options: enough, with the config, to know its form."""

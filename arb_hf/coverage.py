@@ -26,6 +26,11 @@ class Matrix:
     asked: bool = False
     in_features: int = 0
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return self.weights // max(self.in_features, 1), self.in_features
+
 
 @dataclass(frozen=True)
 class Table:

@@ -30,6 +30,7 @@ from .nn import BinaryExperts, BinaryLinear, ScaledLinear, binary_modules, int8_
 from .nn.int8 import Int8Table
 from .nn.offloaded import fetch_all, is_offloaded
 from .nn.swap import adapted_module, empty_model, replace_by_dense, require_plain
+from .nn.tables import ties_of
 from .sizes import bits_within
 from .skeleton import adapt_names, has_new_head, swap_in_binary_modules
 
@@ -180,11 +181,9 @@ def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if adapted_module(model) is not None:
         require_plain(model)  # says what to do
     tensors, tables = dict(model.state_dict()), int8_tables(model)
-    for target in (
-        getattr(model, "all_tied_weights_keys", None) or ()
-    ):  # on disk, a tied tensor looks like one of its own
+    for target in ties_of(model):
         if target.rpartition(".")[0] in tables:
-            tensors.pop(target, None)
+            tensors.pop(target, None)  # on disk, a tied tensor looks like one of its own
     for name, module in model.named_modules():
         if isinstance(module, ScaledLinear):
             for key in module.state_dict(prefix=f"{name}."):

@@ -25,13 +25,14 @@ from .architecture import input_embeddings
 from .binarize import BinarizeOptions
 from .binarize.counts import salient_columns
 from .calibrate.choices import nominal_forms, possible_bits
-from .calibrate.decoder import find_decoder_layers, survey
-from .calibrate.tables import survey_tables
+from .calibrate.decoder import find_decoder_layers
+from .calibrate.tables import survey_model
 from .checks import SAFETENSORS_TYPES
 from .config import ArbConfig
 from .coverage import Coverage, Matrix
 from .errors import ArbCalibrationError
 from .nn import binary_modules
+from .nn.tables import ties_of
 from .skeleton import skeleton_like, swap_in_binary_modules
 
 logger = logging.getLogger(__name__)
@@ -54,23 +55,30 @@ class Files:
         return sum(self.sizes.values())
 
 
-def run_config(config: ArbConfig, coverage: Coverage, forms: Mapping[str, BinarizeOptions]) -> ArbConfig:
-    """The config as a run would leave it that gives the matrices these forms, ``salient_columns`` among them."""
-    run = copy.deepcopy(config)
+def packed_files(
+    empty: PreTrainedModel, config: ArbConfig, coverage: Coverage, layers: str, max_shard_size: int | str = "50GB"
+) -> Files:
+    """In place: give a model on the meta device the modules of a run; returns the files that saving it would write.
+
+    Args:
+        layers, max_shard_size: as for :func:`weight_files`.
+    """
+    run, forms = copy.deepcopy(config), _likely_forms(config, coverage.to_binarize())
     run.modules = {name: config.module_entry(form, form.salient_columns or 0) for name, form in forms.items()}
     run.embeddings = [each.name for each in coverage.tables if each.kept is None]
-    return run
+    swap_in_binary_modules(empty, run)
+    return weight_files(empty, layers, max_shard_size)
 
 
-def likely_forms(config: ArbConfig, matrices: Sequence[Matrix]) -> dict[str, BinarizeOptions]:
+def _likely_forms(config: ArbConfig, matrices: Sequence[Matrix]) -> dict[str, BinarizeOptions]:
     """The forms of a run, with their number of salient columns, as far as shapes and options decide them.
 
     With ``bits`` the forms are those of :func:`arb_hf.calibrate.choices.nominal_forms`.
     """
     forms = {}
     for each in matrices:
-        options, m = config.options(each.name), each.in_features
-        count = salient_columns(each.weights // m, m, options).likely
+        options = config.options(each.name)
+        count = salient_columns(*each.shape, options).likely
         forms[each.name] = dataclasses.replace(options, salient_columns=count)
     return forms if config.bits is None else forms | nominal_forms(config, matrices, config.bits)
 
@@ -87,7 +95,7 @@ def bits_within(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -> f
     """
     empty = skeleton_like(model)
     prefix, layers = find_decoder_layers(empty)
-    coverage = dataclasses.replace(survey(empty, prefix, layers, config, skip), tables=survey_tables(empty, config))
+    coverage = survey_model(empty, prefix, layers, config, skip)
     matrices = coverage.to_binarize()
     weights = sum(each.weights for each in matrices)
     limit = bytes_of(config.max_size)
@@ -96,8 +104,7 @@ def bits_within(model: PreTrainedModel, config: ArbConfig, skip: list[str]) -> f
     # The largest forms have the most tensors, and so the longest headers: nothing that a run chooses has longer ones.
     asked = copy.deepcopy(config)
     asked.max_size, asked.bits = None, high
-    swap_in_binary_modules(empty, run_config(asked, coverage, likely_forms(asked, matrices)))
-    files = weight_files(empty, prefix, "50GB")
+    files = packed_files(empty, asked, coverage, prefix)
     rest = files.total - files.parts[BINARY]
     if limit < rest + low * weights / 8:
         raise ArbCalibrationError(
@@ -152,7 +159,7 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     In the order in which transformers fills shards with those of a model in memory.
     """
     ignored = set(model._keys_to_ignore_on_save or ())
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = set(ties_of(model))
     holders: dict[int, list[str]] = {}
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in ignored}
     for name, tensor in tensors.items():

@@ -17,11 +17,6 @@ class SalientColumns:
     likely: int
     most: int
 
-    @property
-    def known(self) -> bool:
-        """Whether it is a number and no range."""
-        return self.fewest == self.most
-
 
 def salient_columns(n: int, m: int, options: BinarizeOptions) -> SalientColumns:
     """The number of salient columns of a matrix ``[n, m]``.

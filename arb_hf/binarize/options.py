@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..format.form import BinaryForm
@@ -42,11 +42,7 @@ class BinarizeOptions:
     @classmethod
     def of(cls, config: Any) -> BinarizeOptions:
         """The options among a config's attributes (an :class:`arb_hf.ArbConfig`, or options already)."""
-        return (
-            config
-            if isinstance(config, cls)
-            else cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__ if hasattr(config, name)})
-        )
+        return config if isinstance(config, cls) else cls(**{name: getattr(config, name) for name in CHOSEN_BY_USERS})
 
     def form(
         self, out_features: int, in_features: int, salient_columns: int, scale_dtype: str | None = None
@@ -62,3 +58,7 @@ class BinarizeOptions:
             has_column_scales=METHODS[self.method].has_column_scales,
             scale_dtype=scale_dtype or self.scale_dtype,
         )
+
+
+# The fields that are options of a config too.
+CHOSEN_BY_USERS = tuple(each.name for each in fields(BinarizeOptions) if each.name != "salient_columns")

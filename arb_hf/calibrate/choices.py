@@ -16,7 +16,6 @@ from ..binarize.options import BinarizeOptions
 from ..config import DECIDED_BY_BITS, ArbConfig
 from ..coverage import Matrix
 from ..errors import ArbCalibrationError
-from ..overrides import select
 
 TOLERANCE = 0.005  # of the average that is asked for
 
@@ -66,9 +65,7 @@ def _free(config: ArbConfig, matrices: Sequence[Matrix]) -> tuple[dict[str, Bina
     free: dict[str, BinarizeOptions] = {}
     taken = low = high = 0
     for each in matrices:
-        n, m = each.weights // each.in_features, each.in_features
-        options, pattern = config.options(each.name), select(config.overrides or {}, each.name)
-        own = (config.overrides or {}).get(pattern or "") or {}
+        (n, m), options, own = each.shape, config.options(each.name), config.override(each.name)[1] or {}
         if options.refinement == "paper" or any(name in own for name in DECIDED_BY_BITS):
             taken += options.form(n, m, salient_columns(n, m, options).likely).bits()
         else:
@@ -87,13 +84,13 @@ def nominal_forms(config: ArbConfig, matrices: Sequence[Matrix], bits: float) ->
         ArbCalibrationError: see :func:`budget_of`.
     """
     budget = budget_of(config, matrices, bits)
-    weights = {each.name: (each.weights, each.in_features) for each in matrices}
+    shape_of = {each.name: each.shape for each in matrices}
     found = {}
     for name, options in budget.open.items():
-        size, m = weights[name]
-        shapes = [(one, one.form(size // m, m, one.salient_columns or 0).bits()) for one in possible(options, m)]
+        n, m = shape_of[name]
+        shapes = [(one, one.form(n, m, one.salient_columns or 0).bits()) for one in possible(options, m)]
         curve = [Candidate(one, taken, expected(one, (one.salient_columns or 0) / m)) for one, taken in shapes]
-        found[name] = Choosable(worthwhile(curve), size)
+        found[name] = Choosable(worthwhile(curve), n * m)
     return {name: each.options for name, each in choose(found, budget.bits).items()}
 
 

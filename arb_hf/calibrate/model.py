@@ -35,7 +35,7 @@ from ..text import load_tokenizer, plain_tokenizer
 from .batches import Batch, load_batches
 from .capture import capture
 from .choices import budget_of
-from .decoder import find_decoder_layers, survey
+from .decoder import find_decoder_layers
 from .layer import binarize_layer
 from .offload import fetch_outside
 from .plan import check_plan, full_layers, make_plan, spool_folder, tunable_layers
@@ -44,7 +44,7 @@ from .resume import LayerStore, explained_stops, fingerprint
 from .sensitivity import choose_forms
 from .spool import Spool
 from .state import ChosenForm, Run, Stages
-from .tables import store_tables, survey_tables
+from .tables import store_tables, survey_model
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("arb_hf", "torch", "transformers", "accelerate")
@@ -72,7 +72,7 @@ def binarize_model(
         )
     require_savable_generation(model)
     prefix, layers = find_decoder_layers(model)
-    coverage = dataclasses.replace(survey(model, prefix, layers, config, skip), tables=survey_tables(model, config))
+    coverage = survey_model(model, prefix, layers, config, skip)
     logger.info("what will be binarized in %s:\n%s", type(model).__name__, coverage.table())
     coverage.require(config.minimum_coverage)
     if config.bits is not None:
@@ -106,8 +106,7 @@ def binarize_model(
             "more calibration text helps",
             len(report.starved),
         )
-    wanted = [each.name for each in run.coverage.matrices if each.kept is None]
-    unused = [name for name in wanted if name not in config.modules]
+    unused = [each.name for each in run.coverage.to_binarize() if each.name not in config.modules]
     if unused:
         logger.warning("kept in full precision, because the model never called them: %s", ", ".join(unused))
     with run.clock("embeddings"):

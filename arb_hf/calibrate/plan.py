@@ -182,8 +182,8 @@ def spool_folder(config: ArbConfig) -> str:
 
 def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
     """Upper bound: with every salient column that a run can choose."""
-    options, n = config.options(matrix.name), matrix.weights // matrix.in_features
-    return options.form(n, matrix.in_features, salient_columns(n, matrix.in_features, options).most).bits() // 8
+    (n, m), options = matrix.shape, config.options(matrix.name)
+    return options.form(n, m, salient_columns(n, m, options).most).bits() // 8
 
 
 def _working_bytes(layer: list[Matrix], itemsize: int, tuned: bool) -> int:

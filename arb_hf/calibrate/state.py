@@ -88,7 +88,7 @@ class Run:
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """What is to be binarized in a decoder layer, by the name in it; stacked experts come apart."""
         start = self.full_name(index, "")
-        matrices = [each for each in self.coverage.matrices if each.kept is None and each.layer == index]
+        matrices = [each for each in self.coverage.to_binarize() if each.layer == index]
         return expose_linears(self.layers[index], [each.name.removeprefix(start) for each in matrices], verify=True)
 
     def how_to_resume(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +11,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import ArbConfig
-from ..coverage import Table
+from ..coverage import Coverage, Table
 from ..format.table import pack_table, table_error
 from ..nn.int8 import Int8Head
-from ..nn.tables import new_table, put_tables, table_modules, why_no_table
-from .decoder import is_skipped
+from ..nn.tables import new_table, put_tables, table_modules, ties_of, why_no_table
+from .decoder import is_skipped, survey
 
 logger = logging.getLogger(__name__)
 # Relative rounding error above which a table is kept. Rows of normally distributed weights have 0.8 % and SmolLM2's
 # embedding 1.2 %; rows in which one weight is fifty times the others' size have 10 % and more.
 LARGEST_ERROR = 0.03
+
+
+def survey_model(
+    model: PreTrainedModel, prefix: str, layers: nn.ModuleList, config: ArbConfig, skip: Iterable[str]
+) -> Coverage:
+    """What a run makes of a model: :func:`survey` of its decoder layers, and of the embedding and the head."""
+    return replace(survey(model, prefix, layers, config, skip), tables=survey_tables(model, config))
 
 
 def survey_tables(model: PreTrainedModel, config: ArbConfig) -> tuple[Table, ...]:
@@ -65,8 +72,7 @@ def _together(model: PreTrainedModel, tables: Sequence[Table]) -> tuple[Table, .
 
 def _tied_owners(model: PreTrainedModel) -> list[set[str]]:
     """Pairs of modules that transformers ties."""
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    return [{name.rpartition(".")[0] for name in pair} for pair in ties.items()]
+    return [{name.rpartition(".")[0] for name in pair} for pair in ties_of(model).items()]
 
 
 def store_tables(model: PreTrainedModel, tables: Sequence[Table]) -> tuple[Table, ...]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..format.table import unpack_table
 from ..nn import binary_modules, int8_tables
 from ..nn.offloaded import stored_tensors, stored_weight
+from ..nn.tables import ties_of
 from .architecture import architecture_of
 from .dense import require_exportable
 from .result import Exported, Rounding
@@ -163,7 +164,7 @@ def _tensors(model: PreTrainedModel, decode: bool = True) -> Iterator[tuple[str,
     binary, tables, reads = binary_modules(model), int8_tables(model), dict(stored_tensors(model))
     for name, module in binary.items():
         yield f"{name}.weight", stored_weight(module).dequantize().cpu() if decode else module.packed["weight"]
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = set(ties_of(model))
     for name, table in tables.items():
         if f"{name}.weight" not in tied:
             stored = {part: reads[f"{name}.{part}"]() for part in table.form.tensors()} if decode else {}

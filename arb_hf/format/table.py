@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,10 @@ class TableForm:
         return sum(math.prod(shape) * dtype.itemsize * 8 for shape, dtype in self.tensors().values())
 
 
+def _chunks(rows: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS))
+
+
 def row_scales(row_absmax: Tensor) -> Tensor:
     """Values of a code of 1, float32 ``[rows]``."""
     return row_absmax.to(torch.float32) / LARGEST_CODE
@@ -47,8 +51,7 @@ def pack_table(weight: Tensor) -> dict[str, Tensor]:
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=ABSMAX_DTYPE, device=weight.device)
-    for start in range(0, weight.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    for rows in _chunks(weight.shape[0]):
         values = weight[rows].to(torch.float32)
         absmax[rows] = values.abs().amax(1).to(ABSMAX_DTYPE)
         units = row_scales(absmax[rows])[:, None]
@@ -62,8 +65,7 @@ def unpack_table(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float
     """The dense table ``[rows, width]``: each value computed in float32, then rounded to ``dtype``."""
     codes, units = tensors["weight"], row_scales(tensors["row_absmax"])
     dense = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for start in range(0, codes.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    for rows in _chunks(codes.shape[0]):
         dense[rows] = (codes[rows].to(torch.float32) * units[rows, None]).to(dtype)
     return dense
 
@@ -72,8 +74,7 @@ def table_error(weight: Tensor, tensors: Mapping[str, Tensor]) -> float:
     """The relative error of a stored table, ``|stored - weight| / |weight|``; NaN or infinite where it holds no numbers."""
     codes, units = tensors["weight"], row_scales(tensors["row_absmax"])
     lost = whole = 0.0
-    for start in range(0, codes.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    for rows in _chunks(codes.shape[0]):
         values = weight[rows].to(torch.float32)
         stored = codes[rows].to(torch.float32) * units[rows, None]
         lost += float((stored - values).square().sum(dtype=torch.float64))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..format.table import TableForm, pack_table, row_scales, unpack_table
 from ..kernels import int8_linear
+from .linear import frozen
 
 CURE = 'binarize with embedding_dtype="model" to keep it dense, or call arb_hf.dequantize(model) first'
 
@@ -34,7 +35,7 @@ class Int8Table(nn.Module):
         self.register_parameter("weight", None)
         self._before_scales()
         for name, (shape, stored) in form.tensors().items():
-            self.register_parameter(name, _frozen(torch.empty(shape, dtype=stored, device=device)))
+            self.register_parameter(name, frozen(torch.empty(shape, dtype=stored, device=device)))
 
     def _before_scales(self) -> None:
         """Register what stands before the scales among the parameters."""
@@ -48,7 +49,7 @@ class Int8Table(nn.Module):
     def fill(self, weight: Tensor | dict[str, Tensor]) -> None:
         """Take a dense table ``[rows, width]``, or its packed tensors."""
         for name, tensor in (pack_table(weight) if isinstance(weight, Tensor) else weight).items():
-            setattr(self, name, tensor if isinstance(tensor, nn.Parameter) else _frozen(tensor))
+            setattr(self, name, tensor if isinstance(tensor, nn.Parameter) else frozen(tensor))
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense table ``[rows, width]``."""
@@ -107,7 +108,7 @@ class Int8Embedding(Int8Table):
 
     def _before_scales(self) -> None:
         # Behind the codes, whose device is the model's, and on a device of its own: nothing is loaded into it.
-        self.register_parameter("compute", _frozen(torch.empty(0, dtype=self._dtype, device="cpu")))
+        self.register_parameter("compute", frozen(torch.empty(0, dtype=self._dtype, device="cpu")))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Rows ``[..., embedding_dim]`` of the ids ``[...]``."""
@@ -162,7 +163,7 @@ class Int8Head(Int8Table):
     ) -> None:
         super().__init__(form, device)
         self.in_features, self.out_features = form.width, form.rows
-        self.register_parameter("bias", _frozen(torch.empty(form.rows, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter("bias", frozen(torch.empty(form.rows, device=device, dtype=dtype)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` of any floating type -> ``[..., out_features]`` in that type."""
@@ -179,7 +180,3 @@ class Int8Head(Int8Table):
 def int8_tables(model: nn.Module) -> dict[str, Int8Table]:
     """Every int8 embedding and head of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Int8Table)}
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

@@ -44,11 +44,11 @@ class BinaryLinear(nn.Module):
         self._matmul = BinaryMatmul(form)
         self._scales: list[tuple[str, torch.dtype]] = []
         for name, (shape, stored) in form.tensors().items():
-            self.register_parameter(name, _frozen(torch.empty(shape, dtype=stored, device=device)))
+            self.register_parameter(name, frozen(torch.empty(shape, dtype=stored, device=device)))
             if stored.is_floating_point:
                 self._scales.append((name, stored))
         self.register_parameter(
-            "bias", _frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None
+            "bias", frozen(torch.empty(form.out_features, device=device, dtype=dtype)) if bias else None
         )
 
     @classmethod
@@ -84,7 +84,7 @@ class BinaryLinear(nn.Module):
         scales = {name: p for name, p in self._parameters.items() if name in self.form.tensors() and p is not None}
         scales = {name: p for name, p in scales.items() if p.is_floating_point()}
         for name, scale in scales.items():  # casts leave integers alone
-            self._parameters[name] = _frozen(scale.data.view(_SAME_SIZE[scale.dtype]))
+            self._parameters[name] = frozen(scale.data.view(_SAME_SIZE[scale.dtype]))
         super()._apply(fn, recurse)
         for name, scale in scales.items():
             moved = getattr(self, name).data.view(scale.dtype)
@@ -118,5 +118,6 @@ def binary_modules(model: nn.Module) -> dict[str, BinaryLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that nobody trains: what is stored packed."""
     return nn.Parameter(tensor, requires_grad=False)

@@ -130,10 +130,15 @@ def _extend_ties(model: PreTrainedModel) -> None:
         model._tied_weights_keys = ties | added  # type: ignore[assignment]
 
 
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """The names of tied tensors, and of those that they are tied to, by the model's own account."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
 def half_tied(model: PreTrainedModel, names: Iterable[str]) -> str | None:
     """The name of a module that is tied to one of ``names`` and not among them, by the model's own account."""
     named = set(names)
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for target, source in ties_of(model).items():
         owners = {name.rpartition(".")[0] for name in (target, source)}
         if len(owners & named) == 1:
             return next(iter(owners - named))

@@ -106,7 +106,7 @@ def _layer(
     def passes(count: float, of: float = 1.0) -> float:
         """Seconds of ``count`` passes of a share ``of`` the tokens through the layer."""
         work = sum(2 * each.weights * shares[each.name] for each in layer) * tokens
-        numbers = sum((each.in_features + _outputs(each)) * shares[each.name] for each in layer) * tokens
+        numbers = sum(sum(each.shape) * shares[each.name] for each in layer) * tokens
         return count * of * (work / (speed.model * PASS_SHARE) + ELEMENT * numbers / speed.float32 + called)
 
     inputs = list(_inputs(binary))
@@ -131,10 +131,6 @@ def _layer(
         products = 6 * weights * tokens / speed.float32  # of best_alone and stored_errors
         seconds["tune"] = gradients + passes(CHECKS + 2, of=1 / HELD_OUT) + passes(2) + products
     return seconds
-
-
-def _outputs(matrix: Matrix) -> int:
-    return matrix.weights // max(matrix.in_features, 1)
 
 
 def _seen(matrix: Matrix, tokens: int, share: float) -> float:

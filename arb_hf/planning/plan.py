@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,18 +14,18 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..architecture import field, longest_sequence
 from ..binarize.counts import salient_columns
+from ..bits import bits_per_weight
 from ..calibrate.batches import require_length
 from ..calibrate.choices import TOLERANCE
-from ..calibrate.decoder import find_decoder_layers, survey
+from ..calibrate.decoder import find_decoder_layers
 from ..calibrate.offload import Placement
 from ..calibrate.plan import Plan, make_plan, tunable_layers
-from ..calibrate.tables import survey_tables
+from ..calibrate.tables import survey_model
 from ..config import ArbConfig
 from ..coverage import Coverage, Matrix
 from ..names import kind_of
-from ..nn import binary_modules
-from ..sizes import BINARY, bits_within, likely_forms, run_config, saved_tensors, weight_files
-from ..skeleton import skeleton_like, swap_in_binary_modules
+from ..sizes import BINARY, bits_within, packed_files, saved_tensors
+from ..skeleton import skeleton_like
 from .duration import estimate, measure
 from .skeleton import skeleton_of
 
@@ -141,7 +141,7 @@ def plan(
     if config.max_size is not None:
         config = copy.deepcopy(config)
         config.bits, config.max_size = bits_within(empty, config, sorted(skip)), None
-    coverage = replace(survey(empty, prefix, layers, config, skip), tables=survey_tables(empty, config))
+    coverage = survey_model(empty, prefix, layers, config, skip)
     coverage.require(config.minimum_coverage)
     require_length(config, longest_sequence(empty))
     wanted = coverage.to_binarize()
@@ -151,14 +151,13 @@ def plan(
     speed = measure(_device(device_map), empty.dtype)
     seconds = estimate(coverage.matrices, tuned, batches, config, _active(empty, coverage), speed)
     original = sum(tensor.nbytes for tensor in saved_tensors(empty).values())
-    swap_in_binary_modules(empty, run_config(config, coverage, likely_forms(config, wanted)))
-    files = weight_files(empty, prefix, max_shard_size)
+    files = packed_files(empty, config, coverage, prefix, max_shard_size)
     return ModelPlan(
         model=empty.name_or_path or type(empty).__name__,
         class_name=type(empty).__name__,
         dtype=str(empty.dtype).removeprefix("torch."),
         coverage=coverage,
-        bits_per_weight=_bits(empty),
+        bits_per_weight=bits_per_weight(empty),
         bounds=_bounds(wanted, config),
         original=original,
         files=files.sizes,
@@ -168,18 +167,13 @@ def plan(
     )
 
 
-def _bits(packed: PreTrainedModel) -> float:
-    forms = [module.form for module in binary_modules(packed).values()]
-    return sum(form.bits() for form in forms) / sum(form.out_features * form.in_features for form in forms)
-
-
 def _bounds(wanted: list[Matrix], config: ArbConfig) -> tuple[float, float]:
     """The fewest and the most bits per weight that come out, whatever the weights and the calibration data."""
     if config.bits is not None:
         return config.bits * (1 - TOLERANCE), config.bits * (1 + TOLERANCE)
     low = high = 0
     for each in wanted:
-        n, m = each.weights // each.in_features, each.in_features
+        n, m = each.shape
         options = config.options(each.name)
         columns = salient_columns(n, m, options)
         low += options.form(n, m, columns.fewest).bits()
