@@ -26,6 +26,7 @@ from ..coverage import Coverage, Matrix
 from ..names import kind_of
 from ..sizes import BINARY, bits_within, packed_files, saved_tensors
 from ..skeleton import skeleton_like
+from ..text import is_text_by_name
 from .duration import estimate, measure
 from .skeleton import skeleton_of
 
@@ -143,7 +144,10 @@ def plan(
         config.bits, config.max_size = bits_within(empty, config, sorted(skip)), None
     coverage = survey_model(empty, prefix, layers, config, skip)
     coverage.require(config.minimum_coverage)
-    require_length(config, longest_sequence(empty))
+    if is_text_by_name(
+        config.dataset
+    ):  # token ids are taken as they are, and only a run opens a file that may hold them
+        require_length(config, longest_sequence(empty))
     wanted = coverage.to_binarize()
     batches = _batches(config)
     tuned, _ = tunable_layers(layers, wanted, config, len(batches))

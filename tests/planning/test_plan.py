@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig
@@ -22,7 +22,7 @@ from arb_hf.cli.parser import main
 from helpers.byte_model import save_byte_model, save_packed
 from helpers.families import families
 from helpers.loopback_hub import LoopbackHub, Repository
-from helpers.models import llama, words
+from helpers.models import llama, token_samples, words
 
 # With these the number of salient columns is known: sizes are exact.
 FULL = {"refinement": "full", "tune_steps": 0, "block_size": 32, "num_samples": 4, "sequence_length": 24}
@@ -128,6 +128,21 @@ def test_the_count_of_salient_columns_is_the_largest_that_fits(group_bitmap, sca
         count = salient_columns(n, m, options)
         assert count.fewest == count.most
         assert count.likely == sum(options.form(n, m, each).bits() <= published for each in range(1, m + 1))
+
+
+@pytest.mark.parametrize("how", ["tensors", "file"])
+def test_token_ids_are_not_held_to_the_length_of_windows_of_text(how, tmp_path):
+    """The model takes 256 positions, and windows of text would have 2048; ids are taken as they are."""
+    llama().save_pretrained(tmp_path / "dense")
+    samples = token_samples(4, 32)
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": each.tolist()}) + "\n" for each in samples))
+    dataset = samples if how == "tensors" else str(tmp_path / "ids.jsonl")
+    options = FULL | {"sequence_length": 2048}
+    config = ArbConfig(**options, dataset=dataset)
+    assert arb_hf.plan(tmp_path / "dense", config).bits_per_weight > 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    with pytest.raises(ArbCalibrationError, match="sequence_length=2048 is longer than the model takes"):
+        arb_hf.plan(tmp_path / "dense", ArbConfig(**options, dataset="c4"))
 
 
 def test_nothing_but_the_config_is_fetched_from_the_hub(tmp_path):
