@@ -16,6 +16,7 @@ from ..errors import ArbCalibrationError
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn
 NOT_FINITE = "the Hessian is not finite: calibration inputs hold NaN or infinite values"
 SMALLEST_RETRY = 0.01  # a damping of 0 starts the ladder here
+AIM = 0.5  # share of the way to what makes up for drifted inputs
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,20 @@ def output_error(difference: Tensor, weight: Tensor, hessian: Tensor) -> float:
 def saliency(values: Tensor, diagonal: Tensor, metric: str) -> Tensor:
     """T: the weights themselves, or ``w^2 / [(H_j:,j:)^-1]_jj``, the OBS saliency."""
     return values if metric == "magnitude" else values.square() / diagonal.square()
+
+
+def aim(weight: Tensor, drift: Tensor, factor: HessianFactor) -> Tensor:
+    """The weight ``[n, m]`` to binarize so that inputs that have drifted still give what they should.
+
+    Binarized layers before it give X where the original model gives Y. Least squares of ``|Y W^T - X A^T|^2`` in A is
+    ``W + W (Y - X)^T X H^-1`` (QEP, arXiv 2504.09629, section 4); H is damped as for everything else here.
+
+    Half of that way is taken: all of it makes every layer quieter the noisier its inputs are, and that adds up.
+
+    Args:
+        drift: ``X^T (Y - X)``, in the units of H.
+    """
+    return weight + AIM * (weight @ drift.T @ factor.upper.T @ factor.upper)
 
 
 def factorize(hessian: Tensor | None, size: int, damping: float, device: torch.device | None = None) -> HessianFactor:

@@ -13,7 +13,7 @@ from ..names import kind_of
 from ..nn import BinaryLinear
 from ..report import MatrixRecord, TuneRecord
 from .capture import run_layer
-from .matrices import binarize_matrices, require_finite
+from .matrices import binarize_matrices, follow, require_finite
 from .offload import on_device
 from .processes import Results
 from .resume import changed_tensors, kept_digests
@@ -29,14 +29,13 @@ def binarize_layer(run: Run, index: int) -> Records:
     """Bring one decoder layer to the device, binarize it (or take it from the store), and pass its outputs on."""
     layer = run.layers[index]
     with on_device(layer, run.device):
-        if any(index <= each for each in run.tunable):
-            with run.clock("recompute"):
-                run.processes.together(lambda: _follow(run, index))
         linears = run.linears(index)
         stored = run.processes.from_leader(lambda: None if run.store is None else run.store.load(index), run.device)
         if stored is None:
             packed, records = _binarize(run, index, linears)
         else:
+            with run.clock("recompute"):
+                run.processes.together(lambda: _follow(run, index))
             packed, records = _restore(run, index, linears, *stored)
         with run.clock("recompute"):
             run.processes.together(lambda: _pass_on(run, index, linears, packed))
@@ -48,24 +47,33 @@ def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict
     digests = kept_digests(layer, linears) if run.store else {}
     run.clock.restart()
     by_full_name = {run.full_name(index, name): linear for name, linear in linears.items()}
-    found = binarize_matrices(layer, by_full_name, run.captured, index, run.options, run.processes, run.clock)
+    found = binarize_matrices(
+        layer,
+        by_full_name,
+        run.captured,
+        index,
+        run.options,
+        run.processes,
+        run.clock,
+        tuned=index in run.tunable,
+    )
     results = {name: found[full] for name, full in zip(linears, by_full_name, strict=True) if full in found}
     # Here every process has all results, and `layer` is still in full precision; its inputs are in `run.captured`.
     tuned = _tune(run, index, results)
     packed: dict[str, BinaryLinear] = {}
     records, modules = [], {}
-    for name, (weight, solve, group) in results.items():
-        full, form = run.full_name(index, name), weight.form
-        packed[name] = BinaryLinear.from_binary_weight(weight, linears[name].bias)
-        seen = group.tokens, group.borrowed
+    for name, each in results.items():
+        full, form = run.full_name(index, name), each.weight.form
+        packed[name] = BinaryLinear.from_binary_weight(each.weight, linears[name].bias)
+        seen = each.group.tokens, each.group.borrowed
         records.append(
             MatrixRecord(
                 full,
                 index,
                 kind_of(full),
-                *weight.shape,
+                *each.weight.shape,
                 form.bits(),
-                solve,
+                each.solve,
                 *seen,
                 groups=form.groups,
                 salient_groups=form.salient_groups,
@@ -90,31 +98,32 @@ def _binarize(run: Run, index: int, linears: dict[str, nn.Linear]) -> tuple[dict
 def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
     """Tune the layer if the config asks for it; the tuned weights replace those in ``results``."""
     layer, config = run.layers[index], run.config
-    names = [name for name in results if config.options(run.full_name(index, name)).refinement == "full"]
-    if index not in run.tunable or not names:
+    starts = {name: each.best for name, each in results.items() if each.best is not None}
+    if index not in run.tunable or not starts:
         return []
-    weights = {name: results[name][0] for name in names}
     with run.clock("tune"):
         weights, record = tune_layer(
             layer,
-            weights,
+            {name: results[name].weight for name in starts},
+            starts,
             run.captured,
             index,
             steps=config.tune_steps,
             seed=config.seed + index,
             processes=run.processes,
             elsewhere={id(each) for other in run.layers if other is not layer for each in other.parameters()},
-            fixed={name: results[name][0].rounded().dequantize() for name in results if name not in weights},
+            fixed={name: results[name].weight.rounded().dequantize() for name in results if name not in starts},
         )
         if record.after < record.before:
             errors = stored_errors(layer, weights, run.captured, index, run.processes)
-            for name in names:
-                _, solve, group = results[name]
-                output, weight = errors[name]
+            for name, (output, weight) in errors.items():
+                solve = results[name].solve
                 solve = dataclasses.replace(
                     solve, output_error=None if solve.data_free else output, weight_error=weight
                 )
-                results[name] = weights[name], solve, group
+                results[name] = dataclasses.replace(results[name], weight=weights[name], solve=solve)
+    for name in starts:
+        results[name] = dataclasses.replace(results[name], best=None)
     logger.info("decoder layer %d: held-out loss %.5f, tuned %.5f", index + 1, record.before, record.after)
     return [record]
 
@@ -143,12 +152,10 @@ def _restore(
 
 
 def _follow(run: Run, index: int) -> None:
-    """Pass the full-precision model's hidden states on through the layer, while it is still in full precision."""
+    """Pass the original model's hidden states on through the layer, while it is still in full precision."""
     for batch in run.captured:
-        assert batch.reference is not None
-        hidden = run_layer(run.layers[index], batch, index, batch.reference)
-        require_finite(hidden, index)
-        batch.reference = updated(batch.reference, hidden)
+        if batch.reference is not None:
+            follow(batch, run_layer(run.layers[index], batch, index, batch.reference), index)
 
 
 def _pass_on(run: Run, index: int, linears: dict[str, nn.Linear], packed: dict[str, BinaryLinear]) -> None:

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..binarize import binarize_and_record
-from ..binarize.hessian import NOT_FINITE, HessianFactor, factorize
+from ..binarize.full.latent import best_alone
+from ..binarize.hessian import NOT_FINITE, HessianFactor, aim, factorize
 from ..binarize.options import BinarizeOptions
 from ..binarize.units import require_finite_weight
 from ..errors import ArbCalibrationError
@@ -21,7 +22,8 @@ from .capture import CapturedBatch
 from .hessians import InputGroup, accumulate, waves
 from .offload import return_freed_memory
 from .plan import hessian_budget, is_small
-from .processes import Processes, Results
+from .processes import Binarized, Processes, Results
+from .spool import updated
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +36,32 @@ def binarize_matrices(
     options: Callable[[str], BinarizeOptions],
     processes: Processes,
     clock: Callable[[str], AbstractContextManager],
+    tuned: bool = False,
 ) -> Results:
     """Binarize a decoder layer's linears with Hessians of their inputs, as many at a time as memory allows.
+
+    Where batches have a ``reference``, it follows: afterwards it is the layer's output in the original model.
 
     Args:
         layer: in full precision, on the execution device; not changed.
         linears: by full name. One that the layer never calls is missing from the result.
         captured: this process's batches.
         options: of a matrix, by its full name.
+        tuned: whether the layer will be tuned.
     """
     device = next(layer.parameters()).device
     budget = min(processes.gather(hessian_budget(device, processes.count)))
     results: Results = {}
-    for wave in waves(linears, budget):
+    sums = 1 if captured[0].reference is None else 2  # of every input: its Hessian, and its drift
+    parts = list(waves(linears, budget // sums))
+    for wave in parts:
         with clock("hessian"):
-            groups = processes.together(functools.partial(accumulate, layer, wave, captured, index))
+            followed = functools.partial(follow, index=index) if wave is parts[-1] else None
+            groups = processes.together(functools.partial(accumulate, layer, wave, captured, index, followed))
             groups = processes.sum_groups(groups, captured, device)
         with clock("binarize"):
             owners = processes.owners(groups, wave)
-            mine = functools.partial(_binarize_groups, groups, wave, options, owners, processes.rank)
+            mine = functools.partial(_binarize_groups, groups, wave, options, owners, processes.rank, tuned)
             results |= processes.exchange(mine, device)
     return results
 
@@ -63,10 +72,11 @@ def _binarize_groups(
     options: Callable[[str], BinarizeOptions],
     owners: dict[str, int],
     rank: int,
+    tuned: bool,
 ) -> Results:
     def work(group: InputGroup) -> Results:
         try:
-            return binarize_group(group, linears, options)
+            return binarize_group(group, linears, options, tuned)
         finally:  # each Hessian goes as soon as it has served
             group.release()
             return_freed_memory()
@@ -115,20 +125,28 @@ def _require_finite(groups: list[InputGroup], linears: dict[str, nn.Linear]) -> 
 
 
 def binarize_group(
-    group: InputGroup, linears: dict[str, nn.Linear], options_of: Callable[[str], BinarizeOptions]
+    group: InputGroup,
+    linears: dict[str, nn.Linear],
+    options_of: Callable[[str], BinarizeOptions],
+    tuned: bool = False,
 ) -> Results:
     """Binarize linears that share an input, and so a Hessian and the factors of its inverse."""
-    hessian, first = group.hessian(), linears[group.names[0]].weight
+    hessian, drift, first = group.hessian(), group.mean_drift(), linears[group.names[0]].weight
     group.release()
     factors: dict[float, HessianFactor] = {}
     results: Results = {}
     for name in group.names:
-        options = options_of(name)
+        options, weight = options_of(name), linears[name].weight
         try:
             if options.damping not in factors:
                 factors[options.damping] = factorize(hessian, first.shape[1], options.damping, first.device)
-            factor = factors[options.damping]
-            results[name] = *binarize_and_record(linears[name].weight, hessian, factor, options), group
+            factor, best = factors[options.damping], None
+            if options.refinement == "full" and drift is not None and not factor.data_free:
+                weight = aim(weight.to(torch.float32), drift, factor)
+            binary, record = binarize_and_record(weight, hessian, factor, options)
+            if options.refinement == "full" and tuned:
+                best = best_alone(binary.rounded().dequantize(), weight, hessian, factor)
+            results[name] = Binarized(binary, record, group, best)
         except ArbCalibrationError as error:
             raise ArbCalibrationError(f"{name}: {error}") from error
         if factor.data_free:
@@ -139,7 +157,14 @@ def binarize_group(
     return results
 
 
-def require_finite(hidden: torch.Tensor, index: int) -> None:
+def follow(batch: CapturedBatch, hidden: Tensor, index: int) -> None:
+    """Store a decoder layer's output in the original model as what the next layer follows."""
+    require_finite(hidden, index)
+    assert batch.reference is not None
+    batch.reference = updated(batch.reference, hidden)
+
+
+def require_finite(hidden: Tensor, index: int) -> None:
     """Raise :class:`ArbCalibrationError` if a decoder layer's outputs are not finite."""
     if not torch.isfinite(hidden).all():
         raise ArbCalibrationError(

@@ -88,7 +88,7 @@ def binarize_model(
         with run.clock("capture"):
             fetch_outside(model, layers)
             captured = capture(model, layers, batches)
-            if run.tunable:
+            if full_layers(run.coverage.to_binarize(), config):
                 captured = (dataclasses.replace(batch, reference=batch.hidden) for batch in captured)
             run.captured = [spool.keep(batch) for batch in captured]
         called = sorted(run.captured[0].arguments)

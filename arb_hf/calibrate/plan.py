@@ -43,7 +43,7 @@ class Plan:
         layers, matrices, weights: counts of what is binarized.
         model: the full-precision weights; memory-mapped, they take memory only while it is free.
         packed: the packed weights, at most; they stay in memory, and in ``checkpoint_dir`` if there is one.
-        activations: one hidden state per calibration token of this process, two in runs that tune.
+        activations: one hidden state per calibration token of this process, two with ``refinement="full"``.
         spooled: whether those go to a file.
         working: what binarizing the largest decoder layer takes on its device, about.
         checkpoint: still to be written to ``checkpoint_dir``, at most.
@@ -91,7 +91,9 @@ def make_plan(
     """
     tokens = sum(each + 64 for each in batches)
     hidden = hidden_size(model)
-    followed = 2 if tuned else 1  # hidden states of the binarized model, and of the full-precision one
+    followed = (
+        2 if full_layers(matrices, config) else 1
+    )  # hidden states of the binarized model, and of the full-precision one
     activations = int(tokens * hidden * model.dtype.itemsize) * followed
     packed = sum(_packed_bytes(matrix, config) for matrix in matrices)
     layers: dict[int, list[Matrix]] = {}
@@ -105,7 +107,7 @@ def make_plan(
         packed=packed,
         activations=activations,
         spooled=activations > memory_budget(processes),
-        working=max(_working_bytes(layer, model.dtype.itemsize, tuned) for layer in layers.values()),
+        working=max(_working_bytes(layer, model.dtype.itemsize, followed, tuned) for layer in layers.values()),
         checkpoint=packed if config.checkpoint_dir else 0,
     )
 
@@ -186,10 +188,11 @@ def _packed_bytes(matrix: Matrix, config: ArbConfig) -> int:
     return options.form(n, m, salient_columns(n, m, options).most).bits() // 8
 
 
-def _working_bytes(layer: list[Matrix], itemsize: int, tuned: bool) -> int:
+def _working_bytes(layer: list[Matrix], itemsize: int, followed: int, tuned: bool) -> int:
+    """``followed``: 2 where a drift is summed with every Hessian."""
     inputs = {matrix.in_features for matrix in layer}
     weights = sum(matrix.weights for matrix in layer)
-    hessians = DOUBLE * sum(size**2 for size in inputs) + FLOAT * FACTOR_COPIES * max(inputs) ** 2
+    hessians = followed * DOUBLE * sum(size**2 for size in inputs) + FLOAT * FACTOR_COPIES * max(inputs) ** 2
     solving = hessians + SOLVE_COPIES * FLOAT * max(each.weights for each in layer)
     tuning = TUNE_COPIES * FLOAT * weights if tuned else 0
     return weights * (itemsize + RESULT_BYTES) + max(solving, tuning)

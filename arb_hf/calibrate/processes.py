@@ -24,13 +24,31 @@ from .capture import CapturedBatch
 from .hessians import InputGroup, Moment
 
 T = TypeVar("T")
-Results = dict[str, tuple[BinaryWeight, SolveRecord, InputGroup]]
 Loaded = tuple[dict[str, Tensor], dict[str, Any]] | None
 # A process that ends closes its connections and is noticed at once; this is for one that hangs.
 TIMEOUT = datetime.timedelta(hours=2)
 # Cost in floating-point operations: x in_features^3 to factorize a Hessian, x weights to binarize a matrix (half a
 # microsecond each on a core, against 4/3 operations per cube at some tens of GFLOP/s).
 FACTORIZING, BINARIZING = 4 / 3, 20_000.0
+
+
+@dataclass(frozen=True)
+class Binarized:
+    """One matrix of a decoder layer.
+
+    Attributes:
+        weight, solve: what it has become, and the record of that.
+        group: the linears that share its input; counts only, the Hessian has been freed.
+        best: ``[n, m]``, what each weight would best be while the others stay, in layers that are tuned.
+    """
+
+    weight: BinaryWeight
+    solve: SolveRecord
+    group: InputGroup
+    best: Tensor | None = None
+
+
+Results = dict[str, Binarized]
 
 
 @dataclass(frozen=True)
@@ -118,10 +136,11 @@ class Processes:
         for names in _merged([[names for names, _ in structure] for structure, _ in theirs]):
             local = [mine[name] for name in names if name in mine]
             size = next(inputs[name] for name in names if name in inputs)
-            own, lent = (
-                self._sum_moments([getattr(group, share) for group in local], size, device) for share in ("own", "lent")
-            )
-            summed.append(InputGroup(names, size, sequences, own, lent))
+            moments = {
+                share: self._sum_moments([getattr(group, share) for group in local], size, device)
+                for share in ("own", "lent", "drift")
+            }
+            summed.append(InputGroup(names, size, sequences, **moments))
         return summed
 
     def _sum_moments(self, local: list[Moment], size: int, device: torch.device) -> Moment:
@@ -165,13 +184,22 @@ class Processes:
             return binarize()
         mine = self.together(binarize)
         described: list[dict[str, Any]] = self.gather(
-            {name: (_described(weight), *about) for name, (weight, *about) in mine.items()}
+            {
+                name: (_described(each.weight), each.solve, each.group, each.best is not None)
+                for name, each in mine.items()
+            }
         )
         everything: Results = {}
         for rank, theirs in enumerate(described):
-            for name, (description, record, group) in theirs.items():
-                local = mine[name][0] if rank == self.rank else None
-                everything[name] = (self._broadcast_weight(local, description, rank, device), record, group)
+            for name, (description, solve, group, tuned) in theirs.items():
+                local = mine[name] if rank == self.rank else None
+                weight = self._broadcast_weight(None if local is None else local.weight, description, rank, device)
+                best = None if local is None else local.best
+                if tuned:
+                    if best is None:
+                        best = torch.empty(weight.shape, dtype=torch.float32, device=device)
+                    best = self._broadcast(best, rank)
+                everything[name] = Binarized(weight, solve, group, best)
         return everything
 
     def _broadcast_weight(

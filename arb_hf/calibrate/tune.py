@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..binarize.full.latent import LatentWeight
+from ..exact import autocast_on
 from ..format.weight import BinaryWeight
 from ..report import TuneRecord
 from .capture import CapturedBatch, run_layer
-from .hessians import input_hooks, unpadded
+from .hessians import unpadded
 from .processes import Processes
 
 logger = logging.getLogger(__name__)
 # Of Adam, relative to the size of what is tuned; both fall to 0 along a cosine.
 SCALE_RATE, LATENT_RATE = 3e-3, 3e-2
 BETAS = (0.9, 0.95)
-DAMPING = 0.01  # of H, where latent weights start
 STEP_TOKENS = 2048  # about, over all processes
 HELD_OUT = 8  # of this many batches one is held out
 CHECKS = 4  # times that the held-out loss is measured
@@ -54,6 +54,7 @@ class _Norm:
 def tune_layer(
     layer: nn.Module,
     weights: Mapping[str, BinaryWeight],
+    starts: Mapping[str, Tensor],
     captured: Sequence[CapturedBatch],
     index: int,
     *,
@@ -68,6 +69,7 @@ def tune_layer(
     Args:
         layer: its linears still in full precision; they are not changed.
         weights: by the name of their linear within ``layer``.
+        starts: the latent weights where training begins, by the same names.
         captured: this process's batches; ``hidden`` is the layer's input in the binarized model, ``reference`` the
             layer's output in the full-precision model.
         index: of the layer, to find its arguments in ``captured``.
@@ -81,8 +83,7 @@ def tune_layer(
         processes the same. With fewer than two batches on a process nothing is tuned.
     """
     begin = time.perf_counter()
-    count = max(1, len(captured) // HELD_OUT)
-    training, held = captured[:-count], captured[-count:]
+    training, held = _parted(captured)
     norms = {name: _Norm.of(each) for name, each in _vectors(layer) if id(each) not in elsewhere}
 
     def parameters(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,8 +99,7 @@ def tune_layer(
     before = lowest = held_out_loss(best)
     if steps < 1 or not all(processes.gather(bool(training))):
         return dict(weights), TuneRecord(index, before, before, 0, time.perf_counter() - begin)
-    starts = best_alone(layer, best, captured, index, processes)
-    latents = {name: LatentWeight(weight, starts.pop(name)) for name, weight in best.items()}
+    latents = {name: LatentWeight(weight, starts[name]) for name, weight in best.items()}
     best, kept_norms = dict(weights), {}
     descent = _Descent(list(latents.values()), list(norms.values()), steps, processes)
     for step, batches in enumerate(_batches(training, steps, seed, processes)):
@@ -118,38 +118,10 @@ def tune_layer(
     return best, TuneRecord(index, before, lowest, steps, time.perf_counter() - begin)
 
 
-def best_alone(
-    layer: nn.Module,
-    weights: Mapping[str, BinaryWeight],
-    captured: Sequence[CapturedBatch],
-    index: int,
-    processes: Processes,
-) -> dict[str, Tensor]:
-    """The best value of each weight while all others stay: ``Q + (W - Q) H / diag(H)``, ``[n, m]`` by name.
-
-    Where H takes part only through two products, so that one pass over the batches gives them and no H is held.
-    """
-    found = {name: weight.dequantize() for name, weight in weights.items()}
-    errors = {name: layer.get_parameter(f"{name}.weight").float() - found[name] for name in found}
-    pulls = {name: torch.zeros_like(error) for name, error in errors.items()}
-    energies = {name: error.new_zeros(error.shape[1]) for name, error in errors.items()}
-    mask: Tensor | None = None
-
-    def add(name: str, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-        rows = unpadded(args[0], mask).to(torch.float32)
-        pulls[name].addmm_((rows @ errors[name].T).T, rows)
-        energies[name] += rows.square().sum(0)
-
-    with torch.no_grad(), input_hooks((layer.get_submodule(name), functools.partial(add, name)) for name in found):
-        for batch in captured:
-            mask = batch.mask
-            run_layer(layer, batch, index)
-    for name, start in found.items():
-        processes.average(pulls[name])
-        processes.average(energies[name])
-        damping = (DAMPING * energies[name].mean()).clamp(min=torch.finfo(torch.float32).tiny)
-        start += (pulls[name] + damping * errors[name]) / (energies[name] + damping)
-    return found
+def _parted(captured: Sequence[CapturedBatch]) -> tuple[Sequence[CapturedBatch], Sequence[CapturedBatch]]:
+    """The batches that are trained on, and those that are held out."""
+    count = max(1, len(captured) // HELD_OUT)
+    return captured[:-count], captured[-count:]
 
 
 def stored_errors(
@@ -161,8 +133,8 @@ def stored_errors(
 ) -> dict[str, tuple[float, float]]:
     """Relative errors of each weight as stored: ``|X (W - Q)^T|^2 / |X W^T|^2`` and ``|W - Q|^2 / |W|^2``.
 
-    ``X`` are the inputs, padding apart, in a layer whose linears are in full precision and whose norms are as they are
-    now: the first is ``tr(dW H dW^T) / tr(W H W^T)``, with H behind tuned norms; 0 where no token came.
+    ``X`` are inputs of held-out batches, padding apart, in a layer whose linears are in full precision and whose norms are
+    as they are now: the first is ``tr(dW H dW^T) / tr(W H W^T)``, with H behind tuned norms; 0 where no token came.
     """
     errors: dict[str, Tensor] = {}
     weight_errors: dict[str, float] = {}
@@ -183,7 +155,7 @@ def stored_errors(
         for name in errors:
             handle = layer.get_submodule(name).register_forward_hook(functools.partial(add, name))
             hooks.callback(handle.remove)
-        for batch in captured:
+        for batch in _parted(captured)[1]:
             mask = batch.mask
             run_layer(layer, batch, index)
     for each in sums.values():
@@ -224,12 +196,14 @@ def _held_out_loss(
 
 def _backward(layer: nn.Module, batches: Sequence[CapturedBatch], index: int, given: dict[str, Tensor]) -> None:
     """Gradients of the mean loss over several batches, one batch at a time; then through what made ``given``."""
+    device = next(layer.parameters()).device
     values = {name: value.detach().requires_grad_(value.requires_grad) for name, value in given.items()}
     leaves = {name: value for name, value in values.items() if value.requires_grad}
     sums: dict[str, Tensor] = {}  # in float32: what float16 loses of a batch it would lose of the sum once more
     tokens = 0
     for batch in batches:
-        total, count = _errors(layer, batch, index, values)
+        with autocast_on(device):
+            total, count = _errors(layer, batch, index, values)
         tokens += count
         if not total.requires_grad:  # layers whose kernels have no gradients
             continue

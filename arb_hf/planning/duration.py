@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..calibrate.plan import full_layers
 from ..calibrate.sensitivity import TOKENS as CHOICE_TOKENS
 from ..calibrate.tune import CHECKS, HELD_OUT, STEP_TOKENS
 from ..config import ArbConfig
@@ -82,7 +83,15 @@ def estimate(
     stages: Counter[str] = Counter()
     for index, layer in layers.items():
         stages.update(
-            _layer(layer, index in tuned, any(index <= each for each in tuned), batches, config, active, speed)
+            _layer(
+                layer,
+                index in tuned,
+                bool(full_layers([each for each in matrices if each.kept is None], config)),
+                batches,
+                config,
+                active,
+                speed,
+            )
         )
     return dict(stages)
 
@@ -111,15 +120,17 @@ def _layer(
 
     inputs = list(_inputs(binary))
     sums = sum(2 * each.in_features**2 * _seen(each, tokens, shares[each.name]) * SUM_SHARE for each in inputs)
+    hidden = min(each.in_features for each in layer)
+    drifts = sum(2 * each.in_features**2 * tokens for each in inputs if followed and each.in_features <= hidden)
     factors = sum(FACTOR * each.in_features**3 for each in inputs)
     solved = 0.0
     for each in binary:
         refinement = config.options(each.name).refinement
         solved += each.weights * (PER_WEIGHT[refinement] + PER_WEIGHT_AND_COLUMN[refinement] * each.in_features)
     seconds = {
-        "hessian": passes(1) + sums / speed.float32,
+        "hessian": passes(2 if followed else 1) + (sums + drifts) / speed.float32,
         "binarize": (factors + solved) / speed.float32 + PER_MATRIX * len(binary),
-        "recompute": passes(2 if followed else 1),
+        "recompute": passes(1),
     }
     if config.bits is not None:
         energies = sum(2 * each.weights * each.in_features for each in binary)  # of outputs, tr(W H W^T)
@@ -128,8 +139,9 @@ def _layer(
     if tuned:
         step = max(max(batches), STEP_TOKENS) / tokens
         gradients = passes(3 * config.tune_steps, of=step) + LATENT * weights * config.tune_steps / speed.float32
-        products = 6 * weights * tokens / speed.float32  # of best_alone and stored_errors
-        seconds["tune"] = gradients + passes(CHECKS + 2, of=1 / HELD_OUT) + passes(2) + products
+        products = 2 * sum(each.weights * each.in_features for each in binary) / speed.float32  # of best_alone
+        errors = 2 * weights * tokens / HELD_OUT / speed.float32
+        seconds["tune"] = gradients + passes(CHECKS + 3, of=1 / HELD_OUT) + products + errors
     return seconds
 
 

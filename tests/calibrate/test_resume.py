@@ -65,9 +65,9 @@ def test_resumed_run_has_the_same_bits_and_report(dense, expected, finished, tmp
             tiny.binarize(dense, checkpoint_dir=folder)
     solved = []
 
-    def count(layer, linears, calls, index, *rest, original=layer_module.binarize_matrices):
+    def count(layer, linears, calls, index, *rest, original=layer_module.binarize_matrices, **named):
         solved.append(index)
-        return original(layer, linears, calls, index, *rest)
+        return original(layer, linears, calls, index, *rest, **named)
 
     monkeypatch.setattr(layer_module, "binarize_matrices", count)
     model = tiny.binarize(dense, checkpoint_dir=folder)
@@ -85,8 +85,8 @@ def test_resumed_run_has_the_same_bits_and_report(dense, expected, finished, tmp
 def test_other_tensors_that_changed_are_stored_and_restored(dense, tmp_path, monkeypatch):
     """A step that also changes a norm leaves its trace in the checkpoint; what did not change is not stored."""
 
-    def change_a_norm(layer, *rest, original=layer_module.binarize_matrices):
-        results = original(layer, *rest)
+    def change_a_norm(layer, *rest, original=layer_module.binarize_matrices, **named):
+        results = original(layer, *rest, **named)
         layer.input_layernorm.weight.add_(0.25)
         return results
 

@@ -11,8 +11,8 @@ from arb_hf import ArbCalibrationError, ArbConfig
 from arb_hf.binarize import BinarizeOptions, binarize_weight
 from arb_hf.binarize.full import latent as latent_module
 from arb_hf.binarize.full.driver import assemble, take_apart
-from arb_hf.binarize.full.latent import LatentWeight
-from arb_hf.binarize.hessian import output_error
+from arb_hf.binarize.full.latent import LatentWeight, best_alone
+from arb_hf.binarize.hessian import factorize, output_error
 from arb_hf.calibrate import model as model_module
 from arb_hf.calibrate import processes, tune
 from arb_hf.calibrate.batches import Batch
@@ -20,8 +20,9 @@ from arb_hf.calibrate.capture import CapturedBatch, capture, run_layer
 from arb_hf.calibrate.hessians import accumulate
 from arb_hf.calibrate.processes import Processes
 from arb_hf.calibrate.spool import Spool, updated
-from arb_hf.calibrate.tune import best_alone, token_errors, tune_layer
+from arb_hf.calibrate.tune import token_errors, tune_layer
 from arb_hf.cli.parser import build_parser
+from arb_hf.exact import autocast_off, autocast_on
 from arb_hf.nn import BinaryLinear
 from arb_hf.report import ArbReport, TuneRecord
 from helpers import tiny
@@ -113,13 +114,20 @@ def tuned(scene, steps=24, seed=0, calls=None, **options):
     chosen = BinarizeOptions(block_size=64, **({"scale_dtype": "float16"} | options))
     hessians = {name: group.hessian() for group in accumulate(layer, linears, every, 1) for name in group.names}
     weights = {name: binarize_weight(each.weight, hessians[name], chosen) for name, each in linears.items()}
+    starts = {name: start_of(weights[name], each.weight, hessians[name]) for name, each in linears.items()}
     norms = {name: p for name, p in layer.named_parameters() if p.dim() == 1}
     try:
-        found, record = tune_layer(layer, weights, calls or every, 1, steps=steps, seed=seed, processes=Processes())
+        found, record = tune_layer(
+            layer, weights, starts, calls or every, 1, steps=steps, seed=seed, processes=Processes()
+        )
         after = {name: layer.get_parameter(name).clone() for name in norms}
     finally:
         restore(layer, norms)
     return weights, found, record, after
+
+
+def start_of(weight, dense, hessian):
+    return best_alone(weight.rounded().dequantize(), dense, hessian, factorize(hessian, dense.shape[1], 0.01))
 
 
 def restore(layer, norms):
@@ -158,7 +166,7 @@ def test_latent_weights_start_where_each_weight_is_best_alone(scene):
     handle.remove()
     x = torch.cat(inputs)
     weight = binarize_weight(dense, x.T @ x, BinarizeOptions(block_size=64, scale_dtype="float16")).rounded()
-    start = best_alone(layer, {name: weight}, calls, 1, Processes())[name]
+    start = start_of(weight, dense, x.T @ x)
     error = dense - weight.dequantize()
     damped = x.T @ x + 0.01 * x.square().sum(0).mean() * torch.eye(x.shape[1])
     for row, column in ((0, 0), (5, 100), (95, 167)):
@@ -306,8 +314,9 @@ def test_the_loss_after_tuning_is_that_of_the_whole_layer_as_stored(scene):
     layer, calls = scene
     fixed = {"mlp.up_proj": binary(layer.mlp.up_proj.weight).dequantize()}
     weights = {"mlp.down_proj": binary(layer.mlp.down_proj.weight)}
+    starts = {"mlp.down_proj": layer.mlp.down_proj.weight}
     before = {name: p for name, p in layer.named_parameters() if p.dim() == 1}
-    found, record = tune_layer(layer, weights, calls, 1, steps=8, seed=0, processes=Processes(), fixed=fixed)
+    found, record = tune_layer(layer, weights, starts, calls, 1, steps=8, seed=0, processes=Processes(), fixed=fixed)
     norms = {name: layer.get_parameter(name) for name in before}
     restore(layer, before)
     assert record.after < record.before
@@ -329,7 +338,7 @@ def test_nothing_is_left_on_what_the_layer_keeps(tmp_path):
     assert len({p.requires_grad for p in norms}) == 1
 
 
-def test_output_errors_are_those_of_the_weights_as_stored(tmp_path):
+def test_output_errors_are_those_of_the_weights_as_stored_on_held_out_text(tmp_path):
     """Of a single layer, whose inputs are the same before and after."""
     strong_llama(layers=1).save_pretrained(tmp_path)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -341,7 +350,8 @@ def test_output_errors_are_those_of_the_weights_as_stored(tmp_path):
         layer = dense.model.layers[0]
         restore(layer, {name: p for name, p in model.model.layers[0].named_parameters() if "norm" in name})
         linears = {name: each for name, each in layer.named_modules() if isinstance(each, torch.nn.Linear)}
-        hessians = {name: group.hessian() for group in accumulate(layer, linears, calls, 0) for name in group.names}
+        held = calls[14:]
+        hessians = {name: group.hessian() for group in accumulate(layer, linears, held, 0) for name in group.names}
         for record in model.arb_report.matrices:
             weight = layer.get_submodule(record.kind).weight
             stored = model.get_submodule(record.name).binary_weight().dequantize()
@@ -404,3 +414,9 @@ def test_failed_communication_names_the_process(monkeypatch):
     monkeypatch.setattr(processes.dist, "all_reduce", broken)
     with pytest.raises(ArbCalibrationError, match="process 0 of 2"):
         Processes(0, 2).average(torch.ones(1))
+
+
+def test_shorter_types_leave_no_casts_behind():
+    """Casts that autocast caches stay until the outermost autocast ends, here that of a whole run: 20 GB on SmolLM2."""
+    with autocast_off(), autocast_on(torch.device("cpu")):
+        assert not torch.is_autocast_cache_enabled()

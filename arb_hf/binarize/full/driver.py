@@ -44,17 +44,17 @@ def binarize_full(
     wanted[:, factor.dead] = 0
     salient = choose_salient_columns(wanted, factor, options)
     form = options.form(weight.shape[0], weight.shape[1], int(salient.sum()))
-    curvature = _curvature(hessian, factor)
+    hessian = curvature(hessian, factor)
     wanted = wanted.T.contiguous()
     dense = torch.empty_like(wanted)
     blocks = list(_left_to_right(wanted, dense, salient, factor.upper, form))
-    gradient = curvature @ (wanted - dense)
+    gradient = hessian @ (wanted - dense)
     for sweep in range(SWEEPS):
-        blocks = _descend(blocks, dense, gradient, curvature, last=sweep == SWEEPS - 1)
+        blocks = _descend(blocks, dense, gradient, hessian, last=sweep == SWEEPS - 1)
     return assemble(blocks, form)
 
 
-def _curvature(hessian: Tensor | None, factor: HessianFactor) -> Tensor:
+def curvature(hessian: Tensor | None, factor: HessianFactor) -> Tensor:
     """The damped H that the factor belongs to; the identity without data."""
     if hessian is None or factor.data_free:
         return torch.eye(len(factor.upper), dtype=torch.float32, device=factor.upper.device)

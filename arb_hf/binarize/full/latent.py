@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...format.weight import BinaryWeight
+from ..hessian import HessianFactor
 from .coded import CodedBlock
-from .driver import assemble, spans, take_apart
+from .driver import assemble, curvature, spans, take_apart
 from .steps import nearest_codes, round_scales
 
 
@@ -79,3 +80,14 @@ class LatentWeight:
         if self.form.mean_slots:  # means may be near 0; what they can move by is a part of the scales beside them
             unit[self.form.scale_slots :] = unit[: self.form.scale_slots].mean(0)
         return unit
+
+
+def best_alone(dense: Tensor, wanted: Tensor, hessian: Tensor | None, factor: HessianFactor) -> Tensor:
+    """What each weight would best be while all others stay: ``Q + (W - Q) H / diag(H)``, ``[n, m]``.
+
+    Args:
+        dense: Q ``[n, m]``.
+        wanted: W ``[n, m]``.
+    """
+    full = curvature(hessian, factor)
+    return dense + (wanted - dense) @ full / full.diagonal()
