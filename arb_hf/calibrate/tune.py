@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +21,13 @@ from ..exact import autocast_on
 from ..format.weight import BinaryWeight
 from ..report import TuneRecord
 from .capture import CapturedBatch, run_layer
+from .descent import Descent, Leaves, is_check, parted, replace_parameter, step_batches, trainable_norms
 from .hessians import unpadded
 from .processes import Processes
 
 logger = logging.getLogger(__name__)
-# Of Adam, relative to the size of what is tuned; both fall to 0 along a cosine.
+# Of Adam, relative to the size of what is tuned.
 SCALE_RATE, LATENT_RATE = 3e-3, 3e-2
-BETAS = (0.9, 0.95)
-STEP_TOKENS = 2048  # about, over all processes
-HELD_OUT = 8  # of this many batches one is held out
-CHECKS = 4  # times that the held-out loss is measured
-
-
-@dataclass
-class _Norm:
-    """A vector in training: ``start + unit * step``, with steps relative to its mean size."""
-
-    start: Tensor
-    step: Tensor
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> _Norm:
-        start = parameter.detach().to(torch.float32)
-        return cls(start, torch.zeros_like(start, requires_grad=True))
-
-    def value(self) -> Tensor:
-        return self.start + self.start.abs().mean() * self.step
 
 
 def tune_layer(
@@ -83,8 +62,8 @@ def tune_layer(
         processes the same. With fewer than two batches on a process nothing is tuned.
     """
     begin = time.perf_counter()
-    training, held = _parted(captured)
-    norms = {name: _Norm.of(each) for name, each in _vectors(layer) if id(each) not in elsewhere}
+    training, held = parted(captured)
+    norms = trainable_norms(layer, elsewhere)
 
     def parameters(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
         matrices = {f"{name}.weight": value for name, value in {**(fixed or {}), **dense}.items()}
@@ -101,27 +80,23 @@ def tune_layer(
         return dict(weights), TuneRecord(index, before, before, 0, time.perf_counter() - begin)
     latents = {name: LatentWeight(weight, starts[name]) for name, weight in best.items()}
     best, kept_norms = dict(weights), {}
-    descent = _Descent(list(latents.values()), list(norms.values()), steps, processes)
-    for step, batches in enumerate(_batches(training, steps, seed, processes)):
+    scales = [scale for latent in latents.values() for scale in latent.scales] + [norm.step for norm in norms.values()]
+    shifts = [latent.shifts for latent in latents.values()]
+    descent = Descent([(scales, SCALE_RATE), (shifts, LATENT_RATE)], steps, processes)
+    for step, batches in enumerate(step_batches(training, steps, seed, processes)):
         with torch.enable_grad():
             given = parameters({name: latent.dense() for name, latent in latents.items()})
             _backward(layer, batches, index, given)
         descent.step(step)
-        if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
+        if is_check(step, steps):
             candidate = {name: latent.binary_weight() for name, latent in latents.items()}
             now = held_out_loss(candidate)
             if now < lowest:
                 lowest, best = now, candidate
                 kept_norms = {name: norm.value().detach() for name, norm in norms.items()}
     for name, value in kept_norms.items():
-        _replace(layer, name, value)
+        replace_parameter(layer, name, value)
     return best, TuneRecord(index, before, lowest, steps, time.perf_counter() - begin)
-
-
-def _parted(captured: Sequence[CapturedBatch]) -> tuple[Sequence[CapturedBatch], Sequence[CapturedBatch]]:
-    """The batches that are trained on, and those that are held out."""
-    count = max(1, len(captured) // HELD_OUT)
-    return captured[:-count], captured[-count:]
 
 
 def stored_errors(
@@ -155,7 +130,7 @@ def stored_errors(
         for name in errors:
             handle = layer.get_submodule(name).register_forward_hook(functools.partial(add, name))
             hooks.callback(handle.remove)
-        for batch in _parted(captured)[1]:
+        for batch in parted(captured)[1]:
             mask = batch.mask
             run_layer(layer, batch, index)
     for each in sums.values():
@@ -195,76 +170,12 @@ def _held_out_loss(
 
 
 def _backward(layer: nn.Module, batches: Sequence[CapturedBatch], index: int, given: dict[str, Tensor]) -> None:
-    """Gradients of the mean loss over several batches, one batch at a time; then through what made ``given``."""
+    """Gradients of the mean loss over several batches."""
     device = next(layer.parameters()).device
-    values = {name: value.detach().requires_grad_(value.requires_grad) for name, value in given.items()}
-    leaves = {name: value for name, value in values.items() if value.requires_grad}
-    sums: dict[str, Tensor] = {}  # in float32: what float16 loses of a batch it would lose of the sum once more
-    tokens = 0
+    leaves, tokens = Leaves(given), 0
     for batch in batches:
         with autocast_on(device):
-            total, count = _errors(layer, batch, index, values)
+            total, count = _errors(layer, batch, index, leaves.values)
+        leaves.add(total)
         tokens += count
-        if not total.requires_grad:  # layers whose kernels have no gradients
-            continue
-        # Not total.backward(), which would leave gradients on the parameters that the layer keeps.
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        for name, gradient in zip(leaves, found, strict=True):
-            if gradient is not None:
-                sums[name] = sums[name].add_(gradient) if name in sums else gradient.float()
-    if sums:
-        gradients = [(each / max(tokens, 1)).to(given[name].dtype) for name, each in sums.items()]
-        torch.autograd.backward([given[name] for name in sums], gradients)
-
-
-class _Descent:
-    """Adam on everything that is tuned, with gradients averaged over processes."""
-
-    def __init__(self, latents: list[LatentWeight], norms: list[_Norm], steps: int, processes: Processes) -> None:
-        scales = [scale for latent in latents for scale in latent.scales] + [norm.step for norm in norms]
-        shifts = [latent.shifts for latent in latents]
-        self._tuned, self._steps, self._processes = scales + shifts, steps, processes
-        groups = [{"params": scales, "rate": SCALE_RATE}, {"params": shifts, "rate": LATENT_RATE}]
-        self._optimizer = torch.optim.Adam(groups, betas=BETAS)
-
-    def step(self, number: int) -> None:
-        """Step ``number`` of all, from 0."""
-        for each in self._tuned:
-            if each.grad is None:
-                each.grad = torch.zeros_like(each)
-            self._processes.average(each.grad)
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * number / self._steps))
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-
-def _batches(
-    training: Sequence[CapturedBatch], steps: int, seed: int, processes: Processes
-) -> Iterator[list[CapturedBatch]]:
-    """The batches of each step, in shuffled rounds through all of them, by a local generator."""
-    tokens = max(batch.hidden.shape[:-1].numel() for batch in training)
-    size = max(1, min(STEP_TOKENS // (max(processes.gather(tokens)) * processes.count), len(training)))
-    generator = torch.Generator("cpu").manual_seed(seed)
-    order: list[int] = []
-    for _ in range(steps):
-        if len(order) < size:
-            order += torch.randperm(len(training), generator=generator, device="cpu").tolist()
-        yield [training[number] for number in order[:size]]
-        del order[:size]
-
-
-def _vectors(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """One-dimensional parameters of modules other than linears: those of norms."""
-    for name, module in layer.named_modules():
-        if not isinstance(module, nn.Linear):
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 1:
-                    yield f"{name}.{key}" if name else key, parameter
-
-
-def _replace(layer: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter by a new one: the old one's memory may be the checkpoint's."""
-    path, _, key = name.rpartition(".")
-    old = layer.get_parameter(name)
-    setattr(layer.get_submodule(path), key, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
+    leaves.backward(1 / max(tokens, 1))

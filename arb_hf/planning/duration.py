@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..calibrate.descent import CHECKS, HELD_OUT, STEP_TOKENS
 from ..calibrate.plan import full_layers
 from ..calibrate.sensitivity import TOKENS as CHOICE_TOKENS
-from ..calibrate.tune import CHECKS, HELD_OUT, STEP_TOKENS
 from ..config import ArbConfig
 from ..coverage import Matrix
 from ..names import kind_of
