@@ -55,7 +55,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # What options that are absent mean in a config stored by version 0.1, whose default was the published algorithm. It
 # stored all options, so that only a file changed by hand lacks any.
-FORMER_DEFAULTS = {"refinement": "paper", "scale_dtype": "float16", "embedding_dtype": "model"}
+FORMER_DEFAULTS = {"refinement": "paper", "scale_dtype": "float16", "embedding_dtype": "model", "distill_steps": 0}
 FIRST_WITH_TABLES = 2  # the version of the format that int8 embeddings came with
 
 
@@ -79,6 +79,9 @@ class ArbConfig(QuantizationConfigMixin):
             scales or row scales and means: ``"arb-x"``, ``"arb"`` and ``"billm"`` then do the same.
         tune_steps: gradient steps that tune each decoder layer after it is binarized, 0 for none. None: what belongs to
             the refinement; ``"paper"`` is never tuned. Layers with experts are left out.
+        distill_steps: gradient steps that, once all layers are binarized, bring the model's predictions back to the
+            original's by its scales and norms alone, 0 for none. None: as many as ``tune_steps``. Models with experts are
+            left as they are.
         bits: true bits per binarized weight, averaged over the model, met within 0.5 %: every matrix gets the form (one
             magnitude group or two, how many salient columns) that serves the model best, by how much a small error of each
             changes its predictions. ``group_bitmap``, ``column_group_bitmap`` and ``max_salient_columns`` then have no effect,
@@ -132,6 +135,7 @@ class ArbConfig(QuantizationConfigMixin):
         damping: float = BinarizeOptions.damping,
         refinement: str = BinarizeOptions.refinement,
         tune_steps: int | None = None,
+        distill_steps: int | None = None,
         bits: float | None = None,
         max_size: int | str | None = None,
         dataset: Any = "c4",
@@ -162,6 +166,7 @@ class ArbConfig(QuantizationConfigMixin):
         self.damping = damping
         self.refinement = refinement
         self.tune_steps: int = tune_steps  # type: ignore[assignment]
+        self.distill_steps: int = distill_steps  # type: ignore[assignment]
         self.bits = bits
         self.max_size = max_size
         self.dataset = dataset
@@ -195,6 +200,8 @@ class ArbConfig(QuantizationConfigMixin):
         for option, by_refinement in DEFAULTS.items():
             if getattr(self, option) is None:
                 setattr(self, option, by_refinement[self.refinement])
+        if self.distill_steps is None:
+            self.distill_steps = self.tune_steps
         for option, allowed in CHOICES.items():
             self._one_of(option, allowed)
         self._integer("block_size", WORD, MAX_BLOCK_SIZE)
@@ -205,9 +212,10 @@ class ArbConfig(QuantizationConfigMixin):
         self._integer("iterations", 1, 10_000)
         self._integer("max_salient_columns", 1, MAX_BLOCK_SIZE)
         self._number("damping")
-        self._integer("tune_steps", 0, 1_000_000)
-        if self.tune_steps and self.refinement == "paper":
-            self._refuse("tune_steps", '0 or None: refinement="paper" is the published algorithm; choose "full"')
+        for option in ("tune_steps", "distill_steps"):
+            self._integer(option, 0, 1_000_000)
+            if getattr(self, option) and self.refinement == "paper":
+                self._refuse(option, '0 or None: refinement="paper" is the published algorithm; choose "full"')
         if self.bits is not None:
             self._number("bits", MAX_BITS)
         if self.max_size is not None:

@@ -59,10 +59,12 @@ class ArbHfQuantizer(HfQuantizer):
             raise RuntimeError(
                 'the default device is "meta", where weights have no values: load the model outside of it'
             )
-        if torch.is_inference_mode_enabled() and not self.pre_quantized and self.quantization_config.tune_steps:
+        config = self.quantization_config
+        gradients = config.tune_steps or config.distill_steps
+        if torch.is_inference_mode_enabled() and not self.pre_quantized and gradients:
             raise RuntimeError(
                 "tuning needs gradients, which torch.inference_mode() forbids: binarize outside of it, "
-                "or set tune_steps=0"
+                "or set tune_steps=0 and distill_steps=0"
             )
 
     def update_device_map(self, device_map: Any) -> Any:

@@ -68,6 +68,20 @@ class TuneRecord:
 
 
 @dataclass(frozen=True)
+class DistillRecord:
+    """What distilling the predictions did.
+
+    ``before``, ``after``: mean Kullback-Leibler divergence from the original's predictions on held-out calibration
+    sequences, in nats per token, with the scales as stored. ``steps``: number of gradient steps. ``seconds``: time taken.
+    """
+
+    before: float
+    after: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One quality figure of the packed model.
 
@@ -96,6 +110,7 @@ class ArbReport:
         samples, tokens: number of calibration sequences, and of their tokens without padding.
         matrices: a record per binarized matrix, as stored.
         tuned: a record per tuned decoder layer.
+        distilled: the record of the last stage, where there was one; errors in ``matrices`` are from before it.
         coverage: what was binarized and what was kept, and why.
         stages: seconds spent per stage of the run.
         versions: versions of the packages used.
@@ -113,6 +128,7 @@ class ArbReport:
     measurements: list[Measurement] = field(default_factory=list)
     coverage: Coverage | None = None
     tuned: list[TuneRecord] = field(default_factory=list)
+    distilled: DistillRecord | None = None
     scales_trained: bool = False
 
     @classmethod
@@ -134,6 +150,7 @@ class ArbReport:
                 measurements=[_known(Measurement, each) for each in data.get("measurements", [])],
                 coverage=Coverage.from_dict(data["coverage"]) if data.get("coverage") else None,
                 tuned=[_known(TuneRecord, each) for each in data.get("tuned", [])],
+                distilled=_known(DistillRecord, data["distilled"]) if data.get("distilled") else None,
                 scales_trained=bool(data.get("scales_trained")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -207,6 +224,7 @@ class ArbReport:
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "starved": len(self.starved),
             "tuned": [dataclasses.asdict(each) for each in self.tuned],
+            "distilled": None if self.distilled is None else dataclasses.asdict(self.distilled),
             "scales_trained": self.scales_trained,
             "matrices": [each.row() for each in self.matrices],
         }
@@ -282,6 +300,11 @@ class ArbReport:
         if self.held_out_loss:
             before, after = self.held_out_loss
             lines.append(f"tuned: {len(self.tuned_layers)} decoder layers, held-out loss {before:.4f} -> {after:.4f}")
+        if self.distilled:
+            before, after = self.distilled.before, self.distilled.after
+            lines.append(
+                f"distilled: divergence of held-out predictions {before:.4f} -> {after:.4f}, errors above from before"
+            )
         if self.scales_trained:
             lines.append("scales trained afterwards: the errors above are from before")
         return "\n".join(lines)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import BinaryLinear
-from .capture import CapturedBatch
 from .processes import Processes
 
+T = TypeVar("T")
 BETAS = (0.9, 0.95)  # of Adam, whose rates fall to 0 along a cosine
 STEP_TOKENS = 2048  # about, over all processes
 HELD_OUT = 8  # of this many batches one is held out
@@ -43,6 +44,21 @@ class Descent:
         self._optimizer = torch.optim.Adam(
             [{"params": list(tensors), "rate": rate} for tensors, rate in rates], betas=BETAS
         )
+
+    def state(self) -> dict[str, Tensor]:
+        """What is trained and what Adam remembers of it, by name."""
+        tensors = {f"value.{number}": each.detach() for number, each in enumerate(self._trained)}
+        for number, each in enumerate(self._trained):
+            tensors |= {f"{key}.{number}": value for key, value in self._optimizer.state[each].items()}
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state`."""
+        for number, each in enumerate(self._trained):
+            each.copy_(state[f"value.{number}"])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self._optimizer.state[each] = {key: state[f"{key}.{number}"].to(each.device) for key in keys}
 
     def step(self, number: int) -> None:
         """Step ``number`` of all, from 0."""
@@ -88,10 +104,10 @@ class Leaves:
         torch.autograd.backward([self._given[name] for name in self._sums], gradients)
 
 
-def parted(captured: Sequence[CapturedBatch]) -> tuple[Sequence[CapturedBatch], Sequence[CapturedBatch]]:
+def parted(batches: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     """The batches that are trained on, and those that are held out."""
-    count = max(1, len(captured) // HELD_OUT)
-    return captured[:-count], captured[-count:]
+    count = max(1, len(batches) // HELD_OUT)
+    return batches[:-count], batches[-count:]
 
 
 def is_check(step: int, steps: int) -> bool:
@@ -99,11 +115,12 @@ def is_check(step: int, steps: int) -> bool:
     return (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps
 
 
-def step_batches(
-    training: Sequence[CapturedBatch], steps: int, seed: int, processes: Processes
-) -> Iterator[list[CapturedBatch]]:
-    """The batches of each step, in shuffled rounds through all of them, by a local generator."""
-    tokens = max(batch.hidden.shape[:-1].numel() for batch in training)
+def step_batches(training: Sequence[T], tokens: int, steps: int, seed: int, processes: Processes) -> Iterator[list[T]]:
+    """The batches of each step, in shuffled rounds through all of them, by a local generator.
+
+    Args:
+        tokens: of the largest batch.
+    """
     size = max(1, min(STEP_TOKENS // (max(processes.gather(tokens)) * processes.count), len(training)))
     generator = torch.Generator("cpu").manual_seed(seed)
     order: list[int] = []

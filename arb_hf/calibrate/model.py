@@ -36,6 +36,7 @@ from .batches import Batch, load_batches
 from .capture import capture
 from .choices import budget_of
 from .decoder import find_decoder_layers
+from .distill import distill
 from .layer import binarize_layer
 from .offload import fetch_outside
 from .plan import check_plan, full_layers, make_plan, spool_folder, tunable_layers
@@ -100,6 +101,9 @@ def binarize_model(
                 run.forms = _chosen_forms(run, everything, config.bits)
         config.modules = {}
         _layer_after_layer(run, called, report)
+        if config.distill_steps:
+            with run.clock("distill"):
+                report.distilled = distill(run, batches)
     if report.starved:
         logger.warning(
             "%d matrices of experts saw fewer tokens than they have inputs and borrowed from the others' tokens; "

@@ -1,8 +1,9 @@
 """Resume after a crash: finished decoder layers on disk, and the identity of the run they belong to.
 
 A checkpoint folder holds ``manifest.json`` (what the run is made of, see :func:`fingerprint`), ``lock``, and for every
-finished decoder layer ``layer-NNNNN.safetensors`` with ``layer-NNNNN.json``; of a run with ``bits``, ``forms.json``. Every file is written beside its place,
-flushed to the disk and renamed; a layer is finished once its JSON, written last, names the hash of its tensors.
+finished decoder layer ``layer-NNNNN.safetensors`` with ``layer-NNNNN.json``; of a run with ``bits``, ``forms.json``; of one
+that distills, ``distilled.safetensors`` with ``distilled.json``, where that has come to. Every file is written beside its
+place, flushed to the disk and renamed; a layer is finished once its JSON, written last, names the hash of its tensors.
 """
 
 from __future__ import annotations
@@ -96,24 +97,38 @@ class LayerStore:
         Raises:
             ArbCalibrationError: the disk is full or cannot be written; the layers stored before stay valid.
         """
+        self._save(_layer(index), f"decoder layer {index}", tensors, document)
+
+    def save_distilled(self, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+        """Store how far distilling has come, as :meth:`save` does a layer."""
+        self._save("distilled", "the state of distilling", tensors, document)
+
+    def _save(self, stem: str, what: str, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
         data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         header = {"run": self.run, "sha256": hashlib.sha256(data).hexdigest()}
-        with self._written(f"decoder layer {index} ({len(data) / 1e6:.1f} MB)"):
-            _write(self._path(index, "safetensors"), data)
-            _write(self._path(index, "json"), json.dumps(header | document, indent=1).encode())
+        with self._written(f"{what} ({len(data) / 1e6:.1f} MB)"):
+            _write(self.directory / f"{stem}.safetensors", data)
+            _write(self.directory / f"{stem}.json", json.dumps(header | document, indent=1).encode())
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What :meth:`save` stored for a layer, or None if it is not there or damaged (then it is binarized again)."""
-        document = _read_json(self._path(index, "json"))
+        return self._load(_layer(index), f"decoder layer {index} is damaged and is binarized again")
+
+    def load_distilled(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What :meth:`save_distilled` stored last, or None if it is not there or damaged (then it begins again)."""
+        return self._load("distilled", "the state of distilling is damaged; it begins again")
+
+    def _load(self, stem: str, damaged: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        document = _read_json(self.directory / f"{stem}.json")
         if document is None:
             return None
         try:
-            data = self._path(index, "safetensors").read_bytes()
+            data = (self.directory / f"{stem}.safetensors").read_bytes()
             if document["run"] == self.run and document["sha256"] == hashlib.sha256(data).hexdigest():
                 return safetensors.torch.load(data), document
         except (OSError, KeyError, SafetensorError):
             pass
-        logger.warning("%s: decoder layer %d is damaged and is binarized again", self.directory, index)
+        logger.warning("%s: %s", self.directory, damaged)
         return None
 
     def save_forms(self, forms: dict[str, Any]) -> None:
@@ -131,9 +146,6 @@ class LayerStore:
         forms = document.get("forms")
         return forms if document.get("run") == self.run and isinstance(forms, dict) else None
 
-    def _path(self, index: int, suffix: str) -> Path:
-        return self.directory / f"layer-{index:05d}.{suffix}"
-
     @contextmanager
     def _written(self, what: str) -> Iterator[None]:
         try:
@@ -143,6 +155,10 @@ class LayerStore:
                 f"checkpoint_dir {self.directory}: {what} could not be written ({error.strerror or error}). "
                 "Layers stored before are whole: repair or free the disk, then run the same command again to continue"
             ) from error
+
+
+def _layer(index: int) -> str:
+    return f"layer-{index:05d}"
 
 
 def _locked(path: Path) -> Any:

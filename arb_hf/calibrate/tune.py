@@ -83,7 +83,8 @@ def tune_layer(
     scales = [scale for latent in latents.values() for scale in latent.scales] + [norm.step for norm in norms.values()]
     shifts = [latent.shifts for latent in latents.values()]
     descent = Descent([(scales, SCALE_RATE), (shifts, LATENT_RATE)], steps, processes)
-    for step, batches in enumerate(step_batches(training, steps, seed, processes)):
+    tokens = max(batch.hidden.shape[:-1].numel() for batch in training)
+    for step, batches in enumerate(step_batches(training, tokens, steps, seed, processes)):
         with torch.enable_grad():
             given = parameters({name: latent.dense() for name, latent in latents.items()})
             _backward(layer, batches, index, given)

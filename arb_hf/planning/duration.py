@@ -29,6 +29,7 @@ FACTOR = 4.0  # factorizing, per cubed width of the inputs
 PER_WEIGHT = {"full": 130_000.0, "paper": 33_000.0}  # binarizing, beside the next
 PER_WEIGHT_AND_COLUMN = {"full": 9.0, "paper": 3.0}  # its matrix products
 LATENT = 6_000.0  # tuning, per weight and step, for the latent weights
+SCALED = 6_000.0  # distilling, per weight and step, for the dense weights and what their gradients mean for the scales
 ELEMENT = 600.0  # a pass, per number that goes into a matrix or comes out: norms, activations, attention
 CHOICE_PASSES = 5  # the inputs, the noise, and backward twice a pass and what it recomputes
 PASS_SHARE = 0.5  # of the measured speed that the matrix products of a pass reach
@@ -80,19 +81,11 @@ def estimate(
     layers: dict[int, list[Matrix]] = defaultdict(list)
     for each in matrices:
         layers[each.layer].append(each)
+    followed = bool(full_layers([each for each in matrices if each.kept is None], config))
+    distilled = followed and not any("*" in kind_of(each.name) for each in matrices)
     stages: Counter[str] = Counter()
     for index, layer in layers.items():
-        stages.update(
-            _layer(
-                layer,
-                index in tuned,
-                bool(full_layers([each for each in matrices if each.kept is None], config)),
-                batches,
-                config,
-                active,
-                speed,
-            )
-        )
+        stages.update(_layer(layer, index in tuned, followed, distilled, batches, config, active, speed))
     return dict(stages)
 
 
@@ -100,6 +93,7 @@ def _layer(
     layer: Sequence[Matrix],
     tuned: bool,
     followed: bool,
+    distilled: bool,
     batches: Sequence[int],
     config: ArbConfig,
     active: float,
@@ -142,6 +136,10 @@ def _layer(
         products = 2 * sum(each.weights * each.in_features for each in binary) / speed.float32  # of best_alone
         errors = 2 * weights * tokens / HELD_OUT / speed.float32
         seconds["tune"] = gradients + passes(CHECKS + 3, of=1 / HELD_OUT) + products + errors
+    if distilled and config.distill_steps:
+        step = max(max(batches), STEP_TOKENS) / tokens
+        scales = SCALED * weights * config.distill_steps / speed.float32
+        seconds["distill"] = passes(4 * config.distill_steps, of=step) + passes(CHECKS + 1, of=1 / HELD_OUT) + scales
     return seconds
 
 

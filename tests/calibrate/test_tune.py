@@ -13,8 +13,8 @@ from arb_hf.binarize.full import latent as latent_module
 from arb_hf.binarize.full.driver import assemble, take_apart
 from arb_hf.binarize.full.latent import LatentWeight, best_alone
 from arb_hf.binarize.hessian import factorize, output_error
-from arb_hf.calibrate import model as model_module
 from arb_hf.calibrate import descent, processes, tune
+from arb_hf.calibrate import model as model_module
 from arb_hf.calibrate.batches import Batch
 from arb_hf.calibrate.capture import CapturedBatch, capture, run_layer
 from arb_hf.calibrate.hessians import accumulate
@@ -179,7 +179,9 @@ def test_latent_weights_start_where_each_weight_is_best_alone(scene):
 
 @torch.no_grad()
 def test_tuning_is_reproducible_by_its_seed(scene, monkeypatch):
-    monkeypatch.setattr(descent, "STEP_TOKENS", 4 * 48)  # a step takes four batches of the fourteen: seeds differ in which
+    monkeypatch.setattr(
+        descent, "STEP_TOKENS", 4 * 48
+    )  # a step takes four batches of the fourteen: seeds differ in which
     first, same, other = (tuned(scene, seed=seed)[1] for seed in (0, 0, 1))
     assert all(torch.equal(first[name].dequantize(), same[name].dequantize()) for name in first)
     assert not all(torch.equal(first[name].dequantize(), other[name].dequantize()) for name in first)
