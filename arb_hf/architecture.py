@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -94,6 +94,25 @@ def forward_arguments(model: PreTrainedModel, **arguments: Any) -> dict[str, Any
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return arguments
     return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def logits_of(model: PreTrainedModel, ids: Tensor, **arguments: Tensor) -> Tensor:
+    """Logits ``[batch, length, vocabulary]`` of tokens ``[batch, length]``.
+
+    Raises:
+        ValueError: the model is no language model.
+    """
+    output = model(input_ids=ids, **forward_arguments(model, use_cache=False, **arguments))
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple):  # config.return_dict is False
+        logits = output[0]
+    size = vocabulary(model)
+    if logits is None or logits.dim() != 3 or (size is not None and logits.shape[-1] < size):
+        raise ValueError(
+            f"{type(model).__name__} gives no logits over its vocabulary, which only a language model has: "
+            "load it with AutoModelForCausalLM"
+        )
+    return logits
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .architecture import forward_arguments, longest_sequence, vocabulary
+from .architecture import logits_of, longest_sequence, vocabulary
 from .text import leading_tokens, open_text, plain_tokenizer
 from .text.files import JsonLines
 
@@ -63,7 +63,7 @@ def perplexity(
         bar = transformers_logging.tqdm(total=len(windows), desc="Perplexity", unit="window")
         for batch in windows.split(batch_size):
             ids = batch.to(device)
-            logits = _logits(model, ids)
+            logits = logits_of(model, ids)
             total += _losses(logits[:, :-1], ids[:, 1:]).double().sum().item()
             bar.update(len(batch))
         bar.close()
@@ -242,27 +242,12 @@ def _log_likelihoods(model: PreTrainedModel, pairs: Iterable[tuple[list[int], li
         ids[index, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         mask[index, : len(tokens) - 1] = 1
     ids = ids.to(device)
-    logits = _logits(model, ids[:, :-1], attention_mask=mask.to(device))
+    logits = logits_of(model, ids[:, :-1], attention_mask=mask.to(device))
     losses = _losses(logits, ids[:, 1:]).double().cpu()
     return [
         -losses[index, len(tokens) - 1 - count : len(tokens) - 1].sum().item()
         for index, (tokens, count) in enumerate(rows)
     ]
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Tensor) -> Tensor:
-    """Logits ``[batch, length, vocabulary]`` of tokens ``[batch, length]``."""
-    output = model(input_ids=ids, **forward_arguments(model, use_cache=False, **arguments))
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, tuple):  # config.return_dict is False
-        logits = output[0]
-    size = vocabulary(model)
-    if logits is None or logits.dim() != 3 or (size is not None and logits.shape[-1] < size):
-        raise ValueError(
-            f"{type(model).__name__} gives no logits over its vocabulary, and only a language model can be measured: "
-            "load it with AutoModelForCausalLM"
-        )
-    return logits
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

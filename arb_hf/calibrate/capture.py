@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..architecture import forward_arguments, input_embeddings
+from ..architecture import forward_arguments, input_embeddings, logits_of
 from ..errors import ArbCalibrationError
 from .batches import Batch
 
@@ -68,14 +68,17 @@ def capture(model: PreTrainedModel, layers: nn.ModuleList, batches: list[Batch])
 
 
 def predict(model: PreTrainedModel, layers: nn.ModuleList, batch: CapturedBatch, hidden: Tensor) -> Tensor:
-    """The model's logits for a batch, with ``hidden`` as the output of its last decoder layer; gradients reach it."""
+    """The model's logits for a batch, with ``hidden`` as the output of its last decoder layer; gradients reach it.
+
+    Raises:
+        ValueError: the model is no language model.
+    """
     device = next((input_embeddings(model) or model).parameters()).device
     recorder = _Recorder(model, layers, max(batch.arguments), hidden.to(device))
     assert batch.input_ids is not None
     mask = {} if batch.mask is None else {"attention_mask": batch.mask.to(device)}
     with _replaced_forwards(layers, recorder):
-        out = model(input_ids=batch.input_ids.to(device), **mask, **forward_arguments(model, use_cache=False))
-    return out.logits
+        return logits_of(model, batch.input_ids.to(device), **mask)
 
 
 class _Recorder:

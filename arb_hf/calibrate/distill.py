@@ -74,8 +74,12 @@ def distill(run: Run, batches: Sequence[Batch]) -> DistillRecord | None:
     stored = processes.from_leader(lambda: None if run.store is None else run.store.load_distilled(), run.device)
     kept: list[Tensor] | None = None
     if stored is None:
-        done, before = 0, student.held_out_loss(held)
-        lowest = before
+        try:
+            before = lowest = student.held_out_loss(held)
+        except ValueError as error:
+            logger.warning("the predictions are not distilled: %s", error)
+            return None
+        done = 0
     else:
         tensors, document = stored
         descent.restore(tensors)

@@ -157,7 +157,7 @@ def measure(run: Run, batches: list[CapturedBatch], options: Mapping[str, Binari
         for index in sorted(inputs, reverse=True):
             with on_device(run.layers[index], run.device):
                 gradients = _backward(run, index, batches, inputs.pop(index), gradients, probes, pool)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         logger.warning(

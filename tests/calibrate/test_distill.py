@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from arb_hf.calibrate import distill as distill_module
 from arb_hf.calibrate import model as model_module
@@ -170,3 +170,10 @@ def test_predictions_are_made_in_pieces_of_any_length(dense, model, monkeypatch)
 def test_the_stage_is_named_in_the_report(model):
     assert model.arb_report.stages["distill"] > 0
     assert model_module.distill is distill_module.distill
+
+
+def test_a_model_without_predictions_is_left_as_it_is_with_a_word(dense, caplog):
+    model = AutoModel.from_pretrained(dense, quantization_config=tiny.config(dataset=token_samples(4), **FULL))
+    assert binary_modules(model)
+    assert model.arb_report.distilled is None
+    assert "not distilled: LlamaModel gives no logits" in caplog.text
