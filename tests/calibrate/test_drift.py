@@ -71,7 +71,7 @@ def test_padding_does_not_drift(scene):
     assert torch.equal(before["self_attn.q_proj"], after["self_attn.q_proj"])
 
 
-def test_the_aim_lies_half_way_to_the_least_squares_solution():
+def test_the_aim_lies_on_the_way_to_the_least_squares_solution():
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(200, 24, generator=generator)
     x = y + 0.4 * torch.randn(200, 24, generator=generator)
