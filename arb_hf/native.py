@@ -1,22 +1,29 @@
 """The C library: found next to the package, loaded once with ctypes.
 
 It is a plain shared library, built with the package (``python -m pip install -e .`` builds it in place) from
-``arb_hf/csrc``. It is optional: without a compiler there is none, and torch does the work.
+``arb_hf/csrc``. It is optional: without a compiler there is none, and torch does the work. It is linked with no
+OpenMP of its own: it takes torch's, wherever that comes from, so that one pool of threads serves both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import logging
 import os
+import re
 from pathlib import Path
 
-import torch  # first: the library shares torch's OpenMP, its threads and their number
+import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 ISA_VARIABLE = "ARB_HF_CPU_ISA"
 ISAS = ("plain", "avx2", "avx512")  # in rising order; csrc/native.h knows the same numbers
 SUFFIXES = (".so", ".dylib", ".pyd")
+OPENMP = re.compile(r"lib(gomp|omp|iomp5)\b")  # GCC's, LLVM's, Intel's
+SYSTEM_OPENMP = "libgomp.so.1"
 MISSING = (
     "arb_hf was built without its C library; install gcc or clang, with OpenMP, and arb_hf again: "
     "pip install --force-reinstall --no-deps --no-cache-dir"
@@ -26,13 +33,23 @@ MISSING = (
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where it was not built or does not load."""
+    _lend_openmp()
     for path in sorted(Path(__file__).parent.glob("_native*")):
         if path.suffix in SUFFIXES:
             try:
                 return ctypes.CDLL(str(path))
-            except OSError:
-                continue  # built for another platform
+            except OSError as error:
+                logger.warning("the C library does not load: %s", error)
     return None
+
+
+def _lend_openmp() -> None:
+    """Make the names of torch's OpenMP visible to the library; of the system's, where torch brings none."""
+    home = Path(torch.__file__).parent
+    files = [*home.glob("lib/lib*omp*"), *home.parent.glob("torch.libs/lib*omp*")]
+    for name in [str(file) for file in files if OPENMP.match(file.name)] or [SYSTEM_OPENMP]:
+        with contextlib.suppress(OSError):  # then the library does not load, and says which name is missing
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
 
 
 def require() -> ctypes.CDLL:
