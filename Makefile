@@ -80,10 +80,12 @@ cibuildwheel: $(VENV)-build/installed
 	$(VENV)-build/bin/cibuildwheel --output-dir dist
 
 # What a release must agree on: its tag, the version in pyproject.toml and in the package, and a section of the changelog.
+# And `Repository` in [project.urls], from which model cards take where the package is.
 check-version:
 	grep -qx 'version = "$(TAG:v%=%)"' pyproject.toml
 	grep -qx '__version__ = "$(TAG:v%=%)"' arb_hf/__init__.py
 	grep -qx '## $(TAG:v%=%)' CHANGELOG.md
+	grep -q '^Repository = "https://' pyproject.toml
 
 clean:
 	rm -rf $(VENV) $(VENV)-build $(VENV)-empty $(VENV)-oldest .cache build dist *.egg-info arb_hf/_native*

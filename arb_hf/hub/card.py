@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 from pathlib import Path
@@ -36,6 +37,7 @@ HIDDEN_OPTIONS = (
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # What a model without a language model's head gives, where that is not called logits.
 OUTPUTS = {"AutoModel": "last_hidden_state", "AutoModelForQuestionAnswering": "start_logits"}
+QUANTIZED = "quantized"  # what a packed model is to its original, in the Hub's words
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -51,7 +53,8 @@ def model_card(
         folder: with ``config.json``, safetensors and, where the run was recorded, ``arb_report.json``.
         repo_id: where the model will be found; by default the folder's name.
         base_model: the original's name on the Hub; by default the report's, if that is one.
-        metadata: of the original's card; its licence and languages are inherited.
+        metadata: of the original's card; its licence and languages are inherited. Where the original is on no Hub,
+            the models that its card names as its base are named here too.
 
     Raises:
         ValueError: the folder holds no packed model.
@@ -67,7 +70,9 @@ def model_card(
     repo_id = repo_id or folder.resolve().name
     title = repo_id.rpartition("/")[2]
     loading = _loading(folder)
-    data = _card_data(title, base_model, report, metadata | {"pipeline_tag": TASKS.get(loading["auto"])})
+    ancestors = [] if base_model else _on_the_hub(metadata.get("base_model"))
+    known = metadata | {"pipeline_tag": TASKS.get(loading["auto"]), "base_model": base_model or ancestors}
+    data = _card_data(title, known, report, QUANTIZED if base_model else None)
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -76,6 +81,8 @@ def model_card(
         repo_id=repo_id,
         base_model=base_model,
         original=original,
+        ancestors=ancestors,
+        source=_source(),
         license=metadata.get("license_name") or metadata.get("license"),
         plot=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
         **loading,
@@ -102,7 +109,24 @@ def _loading(folder: Path) -> dict[str, Any]:
     }
 
 
-def _card_data(title: str, base_model: str | None, report: ArbReport | None, metadata: dict[str, Any]) -> ModelCardData:
+def _on_the_hub(names: Any) -> list[str]:
+    """Those of a card's ``base_model``, a name or several, that can be on the Hub."""
+    listed = names if isinstance(names, list) else [names]
+    return [name for name in listed if isinstance(name, str) and is_hub_id(name)]
+
+
+def _source() -> str | None:
+    """The address of the package's repository: ``Repository`` in ``[project.urls]`` of ``pyproject.toml``."""
+    try:
+        urls = importlib.metadata.metadata("arb_hf").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
+        urls = []
+    return dict(url.split(", ", 1) for url in urls).get("Repository")
+
+
+def _card_data(
+    title: str, metadata: dict[str, Any], report: ArbReport | None, base_model_relation: str | None
+) -> ModelCardData:
     dataset = report.config.get("dataset") if report else None
     inherited = {key: metadata[key] for key in (*LICENSE_KEYS, "language") if metadata.get(key)}
     measured = [each for each in report.measurements if math.isfinite(each.value)] if report else []
@@ -111,8 +135,8 @@ def _card_data(title: str, base_model: str | None, report: ArbReport | None, met
         library_name="transformers",
         pipeline_tag=metadata["pipeline_tag"],
         tags=["arb_hf", "arb-llm", "binary", "quantized"],
-        base_model=base_model,
-        base_model_relation="quantized" if base_model else None,
+        base_model=metadata["base_model"] or None,
+        base_model_relation=base_model_relation,
         datasets=[NAMED[dataset][0]] if dataset in NAMED else None,
         model_name=title if measured else None,
         eval_results=[_eval_result(each) for each in measured] or None,

@@ -162,7 +162,8 @@ def write_card(
         except ImportError:
             logger.info("no plot in the model card: matplotlib is not installed")
     earlier = metadata_of(folder) if readme.exists() else {}
-    base_model = base_model or earlier.get("base_model")
+    if earlier.get("base_model_relation"):  # without it, what is named is not the original itself
+        base_model = base_model or earlier["base_model"]
     unfinished = folder / f"{README}.unfinished"
     unfinished.write_text(str(model_card(folder, repo_id, base_model, earlier | (metadata or {}))), encoding="utf-8")
     unfinished.replace(readme)

@@ -102,7 +102,7 @@ def check_metadata(card: str) -> list[str]:
     data = yaml.safe_load(match[1])
     if not isinstance(data, dict):
         return ["the metadata are not a mapping"]
-    strings = {key: data[key] for key in ("license", "library_name", "pipeline_tag", "base_model") if key in data}
+    strings = {key: data[key] for key in ("license", "library_name", "pipeline_tag") if key in data}
     errors = [f"{key} must be a string" for key, value in strings.items() if not isinstance(value, str)]
     lists = {key: data[key] for key in ("tags", "datasets", "language") if key in data}
     errors += [
@@ -112,8 +112,10 @@ def check_metadata(card: str) -> list[str]:
     ]
     if "base_model_relation" in data and (data["base_model_relation"] not in RELATIONS or "base_model" not in data):
         errors.append("base_model_relation needs a base_model and one of the known relations")
-    if "base_model" in data and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(data["base_model"])):
-        errors.append("base_model must be owner/name")
+    bases = data.get("base_model", [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(base)):
+            errors.append("base_model must be owner/name, or a list of such names")
     if "model-index" in data:
         try:
             _, results = model_index_to_eval_results(data["model-index"])

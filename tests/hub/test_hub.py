@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import email.message
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arb_hf
 from arb_hf.hub.card import MARKER, model_card
+from arb_hf.hub.save import write_card
 from arb_hf.names import is_hub_id
 from arb_hf.report import ArbReport, Measurement
 from helpers.byte_model import byte_tokens, save_byte_model
@@ -247,6 +249,31 @@ def test_card_tells_what_the_files_hold(made, packed):
     assert "import arb_hf" in card.text
     assert "{{" not in card.text.partition("## Citation")[0]
     assert "{%" not in card.text
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first card", "card written again"])
+def test_card_of_a_local_model_names_what_that_was_made_from(packed, tmp_path, again):
+    (packed / "README.md").unlink()
+    metadata = {"base_model": ["me/small", "../../etc", 7], "license": "mit", "language": ["de"]}
+    for wanted in (metadata, None)[: 1 + again]:  # what an earlier card says is kept
+        write_card(packed, metadata=wanted)
+    text = (packed / "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert data["base_model"] == ["me/small"]
+    assert "base_model_relation" not in data, "it is not me/small that was made binary"
+    assert (data["license"], data["language"]) == ("mit", ["de"])
+    assert "tiny, made from [me/small](https://huggingface.co/me/small), made binary with" in text
+    assert check_metadata(text) == []
+
+
+def test_card_says_where_the_package_is(packed, monkeypatch):
+    entries = email.message.Message()
+    entries["Project-URL"] = "Documentation, https://example.org/docs"
+    entries["Project-URL"] = "Repository, https://example.org/arb_hf"
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: entries)
+    text = str(model_card(packed))
+    assert "made binary with [`arb_hf`](https://example.org/arb_hf)" in text
+    assert "pip install arb_hf\npip install git+https://example.org/arb_hf " in text
 
 
 def test_card_without_a_report_and_without_measurements(made, packed):
