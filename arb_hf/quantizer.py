@@ -12,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .architecture import Prefix
 from .calibrate.model import binarize_model
-from .calibrate.offload import Placement, keep_stored_types, offload_folder
+from .calibrate.offload import Placement, keep_stored_types, offload_folder, require_sound_ties
 from .checks import (
     Entry,
     check_files,
@@ -95,6 +95,7 @@ class ArbHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         _refuse_split(model, getattr(model, "_tp_size", None))  # transformers 5.0 tells it no sooner
+        require_sound_ties(model)
         if self.pre_quantized:
             check_values(model, self.entries)
             self.entries = {}  # they were for the checks

@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import arb_hf
 from arb_hf import ArbCalibrationError, ArbConfig, ArbFormatError
 from arb_hf.nn import BinaryLinear
+from helpers.byte_model import byte_tokens, save_byte_model
 from helpers.models import llama, token_samples, word_tokenizer, words
 from helpers.process import fresh_process
 
@@ -332,3 +334,24 @@ for source, options in (({str(folder)!r}, {{}}), ({str(tiny_model)!r}, {{"quanti
         LOCAL_RANK="0",
     )
     assert result.stdout.count("refused") == 2, result.stderr
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_device_map_auto_sizes_a_packed_model_to_the_byte(tmp_path, monkeypatch, tied):
+    save_byte_model(tmp_path / "dense", tie_word_embeddings=tied)
+    config = arb_hf.ArbConfig(dataset=byte_tokens(), num_samples=4, block_size=32, tune_steps=0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    arb_hf.save_pretrained(model, None, tmp_path / "packed")
+    sizes, compute = [], transformers.integrations.accelerate.compute_module_sizes
+
+    def noted(*args, **kwargs):
+        found = compute(*args, **kwargs)
+        sizes.append(found[0][""])
+        return found
+
+    monkeypatch.setattr(transformers.integrations.accelerate, "compute_module_sizes", noted)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="auto", max_memory={"cpu": "1GB"})
+    tensors = {each.data_ptr(): each for each in (*model.parameters(), *model.buffers())}
+    assert max(sizes) == sum(
+        each.nbytes for each in tensors.values()
+    )  # transformers 5.0 asks for the buffers' alone too

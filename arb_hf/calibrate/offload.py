@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import logging
 import shutil
 import sys
@@ -23,16 +24,21 @@ from typing import Any
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ArbCalibrationError
-from ..nn import BinaryLinear
+from ..nn import BinaryLinear, int8_tables
 from ..nn.int8 import Int8Table
-from ..nn.offloaded import fetch, fetch_all, offload_hooks
+from ..nn.offloaded import fetch, fetch_all, is_offloaded, offload_hooks
+from ..nn.tables import ties_of
 
 logger = logging.getLogger(__name__)
 HOST = ("cpu", "disk")
+# From these releases on, one offloaded tensor of a model with tied weights is not taken for another.
+SOUND_TIES = ("accelerate", "1.15")
+SOUND_TIED_TABLES = ("transformers", "5.18")
 
 
 @dataclass
@@ -101,6 +107,7 @@ class Placement:
             skip_keys=model._skip_keys_device_placement,
         )
         model.tie_weights()  # accelerate gives each of the tied names a placeholder of its own
+        require_sound_ties(model)
 
     def _infer(self, model: PreTrainedModel, strategy: str) -> dict[str, Any]:
         unsplit = sorted(model._no_split_modules or ())
@@ -109,6 +116,23 @@ class Placement:
             low_zero = strategy == "balanced_low_0"
             memory = get_balanced_memory(model, memory, no_split_module_classes=unsplit, low_zero=low_zero)
         return infer_auto_device_map(model, memory, no_split_module_classes=unsplit)
+
+
+def require_sound_ties(model: PreTrainedModel) -> None:
+    """Refuse offloaded layers of a model with tied weights where an installed release would mix tensors up.
+
+    Raises:
+        ImportError: an upgrade is needed, or a ``device_map`` without offloading.
+    """
+    if not ties_of(model) or not is_offloaded(model):
+        return
+    for package, version in (SOUND_TIES, *([SOUND_TIED_TABLES] if int8_tables(model) else [])):
+        installed = importlib.metadata.version(package)
+        if Version(installed) < Version(version):
+            raise ImportError(
+                f"{package} {installed} mixes up tensors of a model whose embedding and head are tied, once some are "
+                f"offloaded: pip install '{package}>={version}', or use a device_map that leaves nothing to the disk"
+            )
 
 
 def _device(device: Any) -> torch.device:

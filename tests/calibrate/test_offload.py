@@ -1,5 +1,7 @@
 """Models that are mapped, offloaded to disk or spread over a map give the same bits as those in memory."""
 
+import functools
+import importlib.metadata
 import os
 import shutil
 
@@ -68,6 +70,7 @@ def test_packed_files_on_disk_go_with_the_model(dense, tmp_path):
 
 
 def test_tied_embeddings_on_disk_stay_tied(tmp_path):
+    pytest.importorskip("accelerate", minversion="1.15")  # older ones are refused
     tiny.save_model(tmp_path / "tied", tie_word_embeddings=True)
     plain = tiny.binarize(tmp_path / "tied")
     device_map = LAYERS_ON_DISK | {"model.embed_tokens": "disk", "lm_head": "disk"}
@@ -197,6 +200,21 @@ def test_the_plan_is_logged_and_bounds_what_is_packed(dense, expected, caplog):
     wanted = [each for each in model.arb_report.coverage.matrices if each.kept is None]
     made = plan.make_plan(model, wanted, [], tiny.config(), 1, False)
     assert sum(each.bits for each in model.arb_report.matrices) // 8 <= made.packed
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "tables"), [("accelerate", "1.14.0", "model"), ("transformers", "5.17.0", "int8")]
+)
+def test_offloaded_ties_are_refused_where_a_release_mixes_them_up(monkeypatch, tmp_path, package, version, tables):
+    tiny.save_model(tmp_path / "dense", tie_word_embeddings=True)
+    model = tiny.binarize(tmp_path / "dense", embedding_dtype=tables)
+    model.save_pretrained(tmp_path / "packed")
+    installed = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version if name == package else installed(name))
+    load = functools.partial(arb_hf.from_pretrained, tmp_path / "packed", offload_folder=tmp_path / "offload")
+    load(device_map="cpu")
+    with pytest.raises(ImportError, match=f"{package} {version} mixes up tensors .* pip install '{package}>="):
+        load(device_map=LAYERS_ON_DISK | {"lm_head": "cpu"})
 
 
 def test_maps_become_loading_maps_and_devices():

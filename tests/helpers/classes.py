@@ -10,12 +10,16 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+
+try:
+    from transformers import CLIPImageProcessorPil
+except ImportError:  # transformers 5.0, where the one without Pil in its name needs no torchvision
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 from helpers.byte_model import VOCABULARY, byte_tokenizer
 from helpers.models import llama

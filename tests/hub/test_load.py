@@ -99,6 +99,8 @@ HEADS = {
 
 @pytest.mark.parametrize("auto", HEADS)
 def test_another_head_on_a_packed_model_is_new_and_the_rest_is_loaded(packed, tmp_path, auto, capsys):
+    if auto is AutoModelForQuestionAnswering:
+        pytest.importorskip("transformers", minversion="5.8")  # older ones find no backbone of another prefix
     causal = AutoModelForCausalLM.from_pretrained(packed)
     model, info = auto.from_pretrained(packed, output_loading_info=True)
     with torch.no_grad():

@@ -180,7 +180,12 @@ def test_files_that_could_not_be_moved_are_not_thrown_away(model, tmp_path, monk
 def adapted(model, how):
     lora = pytest.importorskip("arb_hf.lora", exc_type=ImportError)
     if how == "add_adapter":
-        model.add_adapter(lora.lora_config(model, r=2))
+        try:
+            model.add_adapter(lora.lora_config(model, r=2))
+        except ValueError as error:  # transformers 5.24 asks for a PEFT that is not out yet
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
         return model
     peft_model = lora.add_lora(model, r=2)
     return peft_model.get_base_model() if how == "base model" else peft_model
