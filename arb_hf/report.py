@@ -6,9 +6,10 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from .coverage import Coverage
 from .errors import ArbFormatError
 from .format.headers import span
 from .names import is_hub_id
+
+# Plots have no background of their own: text and frames are legible on a light page and on a dark one.
+INK = "#737b84"
+COLOURS = "cividis"  # the same order of lightness to every eye
 
 
 @dataclass(frozen=True)
@@ -252,26 +257,24 @@ class ArbReport:
         return _written(buffer.getvalue(), path)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Output error and bits per weight by decoder layer, a line per kind of matrix, to an image file.
+        """Output error by decoder layer, a row per kind of matrix, to an image file; bits per weight too, if they differ.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        figure = _figure()
-        errors, bits = figure.subplots(2, 1, sharex=True)
-        for kind, records in self.by_kind().items():
-            by_layer = _by_layer(records)
-            errors.plot(list(by_layer), [_mean_error(each) for each in by_layer.values()], marker=".", label=kind)
-            bits.plot(list(by_layer), [_bits_per_weight(each) for each in by_layer.values()], marker=".", label=kind)
-        errors.set(
-            ylabel="relative output error" + (", before scales were trained" if self.scales_trained else ""),
-            title=f"{self.model}: {self.config['method']}, {self.bits_per_weight:.2f} bits per weight",
-        )
-        errors.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-        bits.set(xlabel="decoder layer", ylabel="bits per weight")
-        for axes in (errors, bits):
-            axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=150)
+        kinds = self.by_kind()
+        maps = [
+            ("relative output error" + (", before scales were trained" if self.scales_trained else ""), _mean_error)
+        ]
+        if any(span([_bits_per_weight([each]) for each in records]) for records in kinds.values()):
+            maps.append(("bits per weight", _bits_per_weight))
+        figure = _figure(height=1 + (0.6 + 0.3 * len(kinds)) * len(maps))
+        figure.suptitle(f"{self.model}: {self.config['method']}, {self.bits_per_weight:.2f} bits per weight", color=INK)
+        for axes, (title, value) in zip(figure.subplots(len(maps), 1, squeeze=False)[:, 0], maps, strict=True):
+            _draw_map(figure, axes, kinds, value)
+            axes.set_title(title, fontsize="medium", loc="left", color=INK)
+        axes.set_xlabel("decoder layer", color=INK)
+        figure.savefig(path, dpi=150, transparent=True)
 
     def by_kind(self) -> dict[str, list[MatrixRecord]]:
         """The records by kind of matrix (``self_attn.q_proj``, ...), in order of first appearance."""
@@ -342,12 +345,31 @@ def plot_comparison(reports: Mapping[str, ArbReport], path: str | os.PathLike) -
     figure.savefig(path, dpi=150)
 
 
-def _figure() -> Any:
+def _draw_map(figure: Any, axes: Any, kinds: dict[str, list[MatrixRecord]], value: Callable[..., float]) -> None:
+    """A row per kind of matrix, a column per decoder layer; at the right of each row its mean error and its bits."""
+    last = max(record.layer for records in kinds.values() for record in records)
+    grid = [[math.nan] * (last + 1) for _ in kinds]
+    for row, records in zip(grid, kinds.values(), strict=True):
+        for layer, each in _by_layer(records).items():
+            row[layer] = value(each)
+    image = axes.imshow(grid, aspect="auto", cmap=COLOURS, interpolation="none")
+    bar = figure.colorbar(image, ax=axes, pad=0.17, aspect=12)
+    axes.set_yticks(range(len(kinds)), kinds)
+    for row, records in enumerate(kinds.values()):
+        text = f"{_mean_error(records):.4f}, {_bits_per_weight(records):.2f} bits"
+        axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small", color=INK)
+    for part in (axes, bar.ax):
+        part.tick_params(colors=INK, length=0, labelsize="small")
+    for frame in (*axes.spines.values(), bar.outline):
+        frame.set_visible(False)
+
+
+def _figure(height: float = 6) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'arb_hf[plot]'") from error
-    return Figure(figsize=(9, 6), layout="constrained")
+    return Figure(figsize=(9, height), layout="constrained")
 
 
 def _by_layer(records: Sequence[MatrixRecord]) -> dict[int, list[MatrixRecord]]:

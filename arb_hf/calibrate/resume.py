@@ -37,6 +37,7 @@ SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight, in its fingerprint
 NOT_IDENTITY = ("checkpoint_dir", "dataset", "tokenizer", "modules")
 VOLATILE = ("_name_or_path", "transformers_version", "quantization_config", "use_cache")
 MAX_DIFFERENCES = 12
+STOPS = ("SIGTERM", "SIGHUP")  # the latter when a terminal or a connection closes; Windows has none
 
 
 class LayerStore:
@@ -291,16 +292,19 @@ def changed_tensors(layer: nn.Module, digests: dict[str, str], packed: Mapping[s
 
 @contextmanager
 def explained_stops(how_to_resume: Callable[[], str]) -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, and log how to resume when the run is stopped.
+    """Let SIGTERM and SIGHUP end the run as Ctrl-C does, and log how to resume when the run is stopped.
 
-    The layer at work is abandoned; those that are stored are whole at any moment.
+    A signal that is ignored, as ``nohup`` does with SIGHUP, stays so. The layer at work is abandoned; those that are stored
+    are whole at any moment.
     """
 
     def terminate(signum: int, frame: Any) -> None:
         raise SystemExit(128 + signum)
 
-    main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    previous = signal.signal(signal.SIGTERM, terminate) if main else None
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        stops = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+        previous = {each: signal.signal(each, terminate) for each in stops if signal.getsignal(each) != signal.SIG_IGN}
     try:
         yield
     except BaseException as error:
@@ -308,5 +312,5 @@ def explained_stops(how_to_resume: Callable[[], str]) -> Iterator[None]:
         logger.warning("binarizing was %s: %s", ended, how_to_resume())
         raise
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

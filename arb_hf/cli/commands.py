@@ -10,10 +10,11 @@ import contextlib
 import importlib.util
 import logging
 import os
+import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,17 @@ from .loading import find_processor, find_tokenizer, load, need
 
 logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LINE = "%(asctime)s %(levelname)s %(message)s"
 Said = tuple[dict[str, Any], str]
 
 
 def run(args: argparse.Namespace) -> Said:
     """Run the command that was asked for."""
     commands = {each.__name__: each for each in (quantize, plan, evaluate, compare, push, export)}
-    with _progress():
-        return commands[args.command](args)
+    with _progress(), _log_file(vars(args).get("log_file")) as log:
+        result, text = commands[args.command](args)
+        log(logging.INFO, text)
+    return result, text
 
 
 def quantize(args: argparse.Namespace) -> Said:
@@ -259,7 +263,7 @@ def _progress() -> Iterator[None]:
     """Dated lines of what is done; on a terminal bars too, which in a log file would be one endless line each."""
     terminal = sys.stderr.isatty()
     ours, handler = logging.getLogger("arb_hf"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter(LINE))
     level, bars, hub_bars = ours.level, transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
@@ -276,6 +280,39 @@ def _progress() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if hub_bars:
             enable_progress_bars()
+
+
+@contextmanager
+def _log_file(path: str | None) -> Iterator[Callable[[int, str], None]]:
+    """Append the dated lines to a file too, with the command and how it ended; gives what writes there alone.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if path is None or not _first_process():
+        yield lambda level, text: None
+        return
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"--log-file {path} cannot be written: {error.strerror or error}") from error
+    handler.setFormatter(logging.Formatter(LINE))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk ends the log, not the run
+
+    def log(level: int, text: str) -> None:
+        handler.handle(logging.LogRecord("arb_hf", level, __file__, 0, text, None, None))
+
+    log(logging.INFO, shlex.join(["arb-hf", *sys.argv[1:]]))
+    ours = logging.getLogger("arb_hf")
+    ours.addHandler(handler)
+    try:
+        yield log
+    except BaseException as error:
+        log(logging.ERROR, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        ours.removeHandler(handler)
+        handler.close()
 
 
 def _dtype(args: argparse.Namespace) -> Any:

@@ -110,6 +110,8 @@ def add_commands(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> A
         add_arguments(command)
         if name in CONFIGURED and list(argv[:1]) == [name]:
             add_config_options(command)
+        if name in LONG:
+            command.add_argument("--log-file", metavar="FILE", help="append what is logged, and the result, to FILE")
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(usage_error=command.error, options=tuple(command._option_string_actions))
@@ -215,6 +217,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 
 CONFIGURED = ("quantize", "plan")  # commands that take ArbConfig's options
+LONG = ("quantize", "evaluate")  # commands that one comes back to
 Add = Callable[[argparse.ArgumentParser], None]
 COMMANDS: dict[str, tuple[str, str, Add]] = {
     "quantize": (

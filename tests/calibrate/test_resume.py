@@ -221,20 +221,30 @@ def test_ctrl_c_says_how_to_resume(dense, tmp_path, monkeypatch, caplog):
     assert f"interrupted: 2 of 3 decoder layers are kept in {tmp_path}; run the same command again" in caplog.text
 
 
-def test_sigterm_says_how_to_resume_and_handlers_come_back(dense, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_says_how_to_resume_and_handlers_come_back(dense, tmp_path, monkeypatch, caplog, stop):
     def binarize_layer(this, index, original=model_module.binarize_layer):
         if index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), stop)
             time.sleep(10)
         return original(this, index)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(stop)
     monkeypatch.setattr(model_module, "binarize_layer", binarize_layer)
     with pytest.raises(SystemExit) as error:
         tiny.binarize(dense, checkpoint_dir=tmp_path)
-    assert error.value.code == 128 + signal.SIGTERM
+    assert error.value.code == 128 + stop
     assert "terminated: 1 of 3 decoder layers are kept" in caplog.text
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(stop) is before
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with resume.explained_stops(lambda: "unused"):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_without_a_folder_nothing_is_promised(dense, monkeypatch, caplog):

@@ -121,6 +121,24 @@ def test_a_mistyped_option_is_told_what_may_have_been_meant(here, option, meant,
     assert (f"did you mean {meant}?" in errors) if meant else ("did you mean" not in errors)
 
 
+def test_a_log_file_holds_the_command_what_was_logged_and_the_end(here, tmp_path, capsys):
+    log = tmp_path / "run.log"
+    assert quantize(here, "with-log", "--log-file", str(log), "--dataset", str(here / "nothing.txt")) == 1
+    capsys.readouterr()
+    assert quantize(here, "with-log", "--log-file", str(log)) == 0
+    text = log.read_text()
+    assert "INFO arb-hf" in text.splitlines()[0]
+    assert "ERROR " in text and "nothing.txt does not exist" in text, "the log of both runs"
+    assert "the plan of this run" in text
+    assert text.rstrip().endswith(capsys.readouterr().out.strip())
+
+
+def test_a_log_file_that_cannot_be_written_is_an_error_at_once(packed, tmp_path, capsys):
+    log = tmp_path / "missing" / "run.log"
+    assert main(["evaluate", str(packed), "--text", "x.txt", "--log-file", str(log)]) == 1
+    assert f"--log-file {log} cannot be written: No such file or directory" in capsys.readouterr().err
+
+
 def test_a_failed_run_leaves_no_empty_folder(here, capsys):
     assert quantize(here, "failed", "--num-samples", "4", "--dataset", str(here / "nothing.txt")) == 1
     assert "nothing.txt does not exist" in capsys.readouterr().err
