@@ -355,9 +355,9 @@ def _draw_map(figure: Any, axes: Any, kinds: dict[str, list[MatrixRecord]], valu
     image = axes.imshow(grid, aspect="auto", cmap=COLOURS, interpolation="none")
     bar = figure.colorbar(image, ax=axes, pad=0.17, aspect=12)
     axes.set_yticks(range(len(kinds)), kinds)
-    for row, records in enumerate(kinds.values()):
+    for place, records in enumerate(kinds.values()):
         text = f"{_mean_error(records):.4f}, {_bits_per_weight(records):.2f} bits"
-        axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small", color=INK)
+        axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize="small", color=INK)
     for part in (axes, bar.ax):
         part.tick_params(colors=INK, length=0, labelsize="small")
     for frame in (*axes.spines.values(), bar.outline):

@@ -149,6 +149,7 @@ def test_on_disk_it_computes_and_saves_the_same(folder, model, where, tmp_path):
 
 
 def test_a_run_whose_original_is_on_disk_makes_the_same(folder, model, tmp_path):
+    pytest.importorskip("accelerate", minversion="1.15")  # older ones are refused for tied embeddings
     dense = folder.parent / "dense"
     places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu"}
     places |= {"model.rotary_emb": "cpu", "lm_head": "disk"}
