@@ -80,7 +80,7 @@ docs: $(VENV)-docs/installed
 
 $(VENV)-docs/installed: Makefile
 	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/python $(PIP_INSTALL) latex2mathml mkdocs-material 'mkdocstrings[python]'
+	$(VENV)-docs/bin/python $(PIP_INSTALL) latex2mathml mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 # This machine's wheel from dist/, in an empty environment that sees no compiler: what somebody does first with it.

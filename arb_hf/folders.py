@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -75,8 +77,10 @@ def replaced(folder: str | os.PathLike, also: tuple[str, ...] = ()) -> Iterator[
     staged = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))  # inside, so that it is on the same disk
     try:
         yield staged
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
+        if isinstance(error, SafetensorError) or type(error) is Exception:  # tokenizers' error for a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from error
         raise
     try:
         _move(staged, folder, also)

@@ -11,7 +11,6 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..folders import replaced, require_place
@@ -72,16 +71,13 @@ def save_pretrained(
     metadata = metadata_of(report.model if report else "")
     if not options.get("is_main_process", True):
         return
-    try:
-        with replaced(folder, also=(REPORT_FILE,) if report else (REPORT_FILE, PLOT_FILE)) as staged:
-            model.save_pretrained(staged, **options)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staged)
-            if report is not None:
-                config = model.config.quantization_config
-                report.published(config if isinstance(config, dict) else config.to_dict()).to_json(staged / REPORT_FILE)
-    except SafetensorError as error:
-        raise OSError(f"{folder} cannot be written: {error}") from error
+    with replaced(folder, also=(REPORT_FILE,) if report else (REPORT_FILE, PLOT_FILE)) as staged:
+        model.save_pretrained(staged, **options)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        if report is not None:
+            config = model.config.quantization_config
+            report.published(config if isinstance(config, dict) else config.to_dict()).to_json(staged / REPORT_FILE)
     write_card(folder, repo_id, base_model, metadata)
 
 

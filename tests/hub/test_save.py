@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 import arb_hf
 from arb_hf import folders
 from arb_hf.format.headers import INDEX, SINGLE
-from helpers.byte_model import byte_tokens, logits, save_byte_model, save_packed
+from helpers.byte_model import byte_tokenizer, byte_tokens, logits, save_byte_model, save_packed
 
 SHARDS, OTHER_SHARDS = {"max_shard_size": "40KB"}, {"max_shard_size": "60KB"}
 
@@ -172,6 +172,18 @@ def test_files_that_could_not_be_moved_are_not_thrown_away(model, tmp_path, monk
     (left,) = tmp_path.glob(f"{folders.UNFINISHED}*")
     assert str(left) in str(caught.value)
     assert (left / "config.json").is_file() and not (tmp_path / "config.json").exists()
+
+
+def test_a_disk_that_is_full_for_the_tokenizer_is_an_error_of_the_system(model, tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+
+    def full(path):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"cannot be written: No space left on device"):
+        arb_hf.save_pretrained(model, tokenizer, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 # What is more, or less, than a packed model --------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,8 @@ def in_child(operation: Callable, kind: str, limit: int, place: Path) -> tuple[i
             except (ValueError, OSError, RuntimeError) as error:
                 print(f"{type(error).__name__}: {error}")
                 status = 3
+            except Exception:
+                traceback.print_exc()
             finally:
                 with contextlib.suppress(Exception):
                     print(f"operations {ctypes.c_long.in_dll(shim, f'count_{kind}').value}", flush=True)
