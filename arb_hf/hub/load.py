@@ -16,11 +16,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..auto import auto_class, needs_trust
-from ..checks import check_counts, read_entries
+from ..checks import check_counts, check_surplus, read_entries
 from ..config import QUANT_METHOD, ArbConfig
 from ..errors import ArbFormatError
 from ..format.headers import INDEX, REPORT_FILE, SINGLE, current_weights, read_json, shard_names
 from ..names import is_hub_id
+from ..quantizer import ArbHfQuantizer
 from ..report import ArbReport
 
 BARE_NAME = re.compile(r"[\w-][\w.-]*")  # of the oldest models on the Hub, which have no owner
@@ -93,6 +94,34 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> Any:
     if report is not None:
         model.arb_report = report
     return (model, info) if with_info else model
+
+
+def checked_skeleton(model_id: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """The model of a packed folder on the meta device, for others to load: its form, after all checks but those of values.
+
+    Of a model on the Hub, whose files whoever loads it fetches, only the config is read.
+
+    Args:
+        kwargs: ``revision``, ``token`` and others that say where files are.
+
+    Raises:
+        ArbFormatError, OSError, ValueError: as :func:`from_pretrained`.
+    """
+    require_there(model_id)
+    config = _read_config(model_id, trust_remote_code=trust_remote_code, **kwargs)
+    _check_config(config, model_id)
+    files = _weight_files(model_id, **kwargs) if os.path.isdir(model_id) else None
+    entries = None if files is None else read_entries(files, model_id)
+    if entries is not None:
+        check_counts(config.to_dict(), entries)
+    auto = getattr(transformers, auto_class(config.to_dict()))
+    model = _check_architecture(model_id, auto, config, trust_remote_code=trust_remote_code)
+    model.name_or_path = os.fspath(model_id)
+    quantizer = ArbHfQuantizer(ArbConfig.from_dict(config.quantization_config), pre_quantized=True)
+    quantizer.preprocess_model(model, checkpoint_files=files)
+    if entries is not None:
+        check_surplus(model, entries)
+    return model
 
 
 def require_there(model_id: str | os.PathLike) -> None:
@@ -177,11 +206,13 @@ def _is_newer_than_single(files: list[str], model_id: str | os.PathLike) -> bool
     return os.path.isdir(model_id) and SINGLE not in map(os.path.basename, files) and SINGLE in os.listdir(folder)
 
 
-def _check_architecture(model_id: str | os.PathLike, auto: Any, config: PreTrainedConfig, **kwargs: Any) -> None:
-    """A model can be made of the config, without memory for its weights."""
+def _check_architecture(
+    model_id: str | os.PathLike, auto: Any, config: PreTrainedConfig, **kwargs: Any
+) -> PreTrainedModel:
+    """The model that can be made of the config, without memory for its weights."""
     try:
         with torch.device("meta"):
-            auto.from_config(copy.deepcopy(config), **kwargs)
+            return auto.from_config(copy.deepcopy(config), **kwargs)
     except Exception as error:  # anything, from the class that the config names
         raise ArbFormatError(f"{model_id}: no model can be made of config.json ({_first_line(error)})") from error
 
