@@ -132,7 +132,9 @@ class BinaryLinearMethod(LinearMethodBase):
         shape, dtype = stored[tensor_name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             transposed = tuple(tensor.shape) == shape[::-1] and tensor_name == "weight"
-            why = ": vLLM transposes this model's weights, and packed ones have no transpose; serve it with transformers"
+            why = (
+                ": vLLM transposes this model's weights, and packed ones have no transpose; serve it with transformers"
+            )
             raise ArbFormatError(
                 f"{part.name}.{tensor_name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
                 + (why if transposed else "")
