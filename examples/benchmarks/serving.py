@@ -17,15 +17,16 @@ import sys
 from pathlib import Path
 
 BATCHES = (1, 4, 16, 64)
-PROMPT = list(range(100, 132))
+PROMPT = list(range(100, 131))  # after a token of each request's own
 MEASURE = """
 import json, sys, time
 from vllm import LLM, SamplingParams
 folder, batches, tokens, prompt, eager = json.loads(sys.argv[1])
-llm = LLM(folder, dtype="bfloat16", enforce_eager=eager, max_model_len=512, max_num_seqs=max(batches), seed=0)
+llm = LLM(folder, dtype="bfloat16", enforce_eager=eager, max_model_len=512, max_num_seqs=max(batches),
+          enable_prefix_caching=False, seed=0)
 speeds = {}
 for batch in batches:
-    requests = [{"prompt_token_ids": [first, *prompt]} for first in range(1000, 1000 + batch)]
+    requests = [{"prompt_token_ids": [first, *prompt]} for first in range(1, 1 + batch)]
     for count in (4, tokens):  # the first is to warm up
         wanted = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         start = time.perf_counter()

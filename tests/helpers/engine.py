@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +23,7 @@ EXACT = {
 
 @contextlib.contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
-    """A ``vllm.LLM`` in this process, which ends with the block."""
-    os.environ.update(EXACT)
+    """A ``vllm.LLM`` in this process, which ends with the block; ``EXACT`` must be in the environment."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -19,7 +19,7 @@ import arb_hf
 from arb_hf import ArbConfig
 from helpers.byte_model import VOCABULARY, byte_tokenizer, byte_tokens, save_byte_model
 from helpers.engine import EXACT, engine, run
-from helpers.process import environment
+from helpers.process import ROOT, environment
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: make vllm"),
@@ -198,6 +198,13 @@ def test_a_damaged_checkpoint_is_refused(models, tmp_path, name):
 def test_what_would_treat_packed_weights_as_dense_is_refused(models, options, message):
     with pytest.raises(ValueError, match=message), engine(models[MODELS[0]], **options):
         pass
+
+
+def test_the_benchmark_runs(models):
+    program = ROOT / "examples" / "benchmarks" / "serving.py"
+    command = [sys.executable, str(program), "--quick", "--packed", str(models[MODELS[0]]), "--threads", "1"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("| ")] == ["batch", "1", "4"], done
 
 
 def test_cuts_inside_a_word_of_columns_are_refused(tmp_path):
