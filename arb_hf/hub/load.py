@@ -109,7 +109,7 @@ def checked_skeleton(model_id: str | os.PathLike, trust_remote_code: bool = Fals
     """
     require_there(model_id)
     config = _read_config(model_id, trust_remote_code=trust_remote_code, **kwargs)
-    _check_config(config, model_id)
+    quantizer = ArbHfQuantizer(_check_config(config, model_id), pre_quantized=True)
     files = _weight_files(model_id, **kwargs) if os.path.isdir(model_id) else None
     entries = None if files is None else read_entries(files, model_id)
     if entries is not None:
@@ -117,7 +117,6 @@ def checked_skeleton(model_id: str | os.PathLike, trust_remote_code: bool = Fals
     auto = getattr(transformers, auto_class(config.to_dict()))
     model = _check_architecture(model_id, auto, config, trust_remote_code=trust_remote_code)
     model.name_or_path = os.fspath(model_id)
-    quantizer = ArbHfQuantizer(ArbConfig.from_dict(config.quantization_config), pre_quantized=True)
     quantizer.preprocess_model(model, checkpoint_files=files)
     if entries is not None:
         check_surplus(model, entries)
@@ -166,8 +165,8 @@ def require_trust(model_id: str | os.PathLike, config: dict[str, Any], trusted: 
         )
 
 
-def _check_config(config: PreTrainedConfig, model_id: str | os.PathLike) -> None:
-    """The config is of a packed model, and sends its reader nowhere else."""
+def _check_config(config: PreTrainedConfig, model_id: str | os.PathLike) -> ArbConfig:
+    """What the config says of a packed model; it is of one, and sends its reader nowhere else."""
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, ArbConfig):  # of a model in memory
         quantization = quantization.to_dict()
@@ -175,9 +174,10 @@ def _check_config(config: PreTrainedConfig, model_id: str | os.PathLike) -> None
     method = quantization.get("quant_method")
     if method != QUANT_METHOD:
         raise ArbFormatError(f"{model_id} is not a model packed by arb_hf: its config.json has quant_method {method!r}")
-    ArbConfig.from_dict(quantization)
+    packed = ArbConfig.from_dict(quantization)
     if getattr(config, "transformers_weights", None) is not None:
         raise ArbFormatError(f"{model_id}: config.json names weights of its own, {config.transformers_weights!r}")
+    return packed
 
 
 def _weight_files(model_id: str | os.PathLike, variant: str | None = None, **kwargs: Any) -> list[str]:

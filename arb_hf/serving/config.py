@@ -30,7 +30,8 @@ class ArbVllmConfig(QuantizationConfig):
     """What vLLM knows of a packed checkpoint.
 
     Attributes:
-        forms: form of each packed matrix and table by its name in the checkpoint.
+        matrices: form of each packed matrix by its name in the checkpoint.
+        tables: form of each int8 table.
         heads: names of the tables that make logits; the others are looked up.
         tied: names of the tables whose tensors are another's.
     """
@@ -38,7 +39,8 @@ class ArbVllmConfig(QuantizationConfig):
     def __init__(self, config: ArbConfig) -> None:
         super().__init__()
         self.config = config
-        self.forms: dict[str, BinaryForm | TableForm] = {}
+        self.matrices: dict[str, BinaryForm] = {}
+        self.tables: dict[str, TableForm] = {}
         self.heads: frozenset[str] = frozenset()
         self.tied: frozenset[str] = frozenset()
         self._names: dict[str, str] = {}  # vLLM's name -> the checkpoint's
@@ -79,10 +81,11 @@ class ArbVllmConfig(QuantizationConfig):
         found = {} if revision is None else {"revision": revision}
         skeleton = checked_skeleton(model_name, trust_remote_code=trusted, **found)
         tables = int8_tables(skeleton)
-        self.forms = {name: module.form for name, module in {**binary_modules(skeleton), **tables}.items()}
+        self.matrices = {name: module.form for name, module in binary_modules(skeleton).items()}
+        self.tables = {name: table.form for name, table in tables.items()}
         self.heads = frozenset(name for name, table in tables.items() if isinstance(table, Int8Head))
         self.tied = frozenset(target.rpartition(".")[0] for target in ties_of(skeleton)) & tables.keys()
-        self._names = {name: name for name in self.forms}
+        self._names = {name: name for name in (*self.matrices, *self.tables)}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as vLLM's class of model does; each class of a nest passes its own names on."""
@@ -97,7 +100,7 @@ class ArbVllmConfig(QuantizationConfig):
         _refuse_settings(get_current_vllm_config())
         if isinstance(layer, VocabParallelEmbedding):
             name = self._table(layer, prefix)
-            return None if name is None else Int8TableMethod(name, self.forms[name], self.require_all_asked)
+            return None if name is None else Int8TableMethod(name, self.tables[name], self.require_all_asked)
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         inside = next((own for own in self._names if own.startswith(f"{prefix}.") and "expert" in prefix), None)
@@ -111,11 +114,8 @@ class ArbVllmConfig(QuantizationConfig):
     def _linear_method(self, prefix: str) -> Any:
         parent, _, last = prefix.rpartition(".")
         names = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(last, [last])]
-        parts = []
-        for name in names:
-            own = self._names.get(name, name)
-            form = self.forms.get(own)
-            parts.append(Part(own, form if isinstance(form, BinaryForm) else None))
+        stored = [self._names.get(name, name) for name in names]
+        parts = [Part(own, self.matrices.get(own)) for own in stored]
         packed = [part.name for part in parts if part.form is not None]
         self._asked.update(packed)
         return BinaryLinearMethod(parts, self.require_all_asked) if packed else UnquantizedLinearMethod()
@@ -124,11 +124,11 @@ class ArbVllmConfig(QuantizationConfig):
         """The int8 table of an embedding or head. Some of vLLM's models make theirs without a name."""
         own = self._names.get(prefix)
         if own is None and not prefix:
-            wanted = {name for name in self.forms if isinstance(self.forms[name], TableForm)}
-            wanted = wanted & self.heads if isinstance(layer, ParallelLMHead) else wanted - self.heads
-            own = next(iter(wanted), None)
-        if own is not None:
-            self._asked.add(own)
+            is_head = isinstance(layer, ParallelLMHead)
+            own = next((name for name in self.tables if (name in self.heads) is is_head), None)
+        if own not in self.tables:
+            return None
+        self._asked.add(own)
         return own
 
     def get_checkpoint_weight_mapper(self) -> Any:
@@ -142,11 +142,10 @@ class ArbVllmConfig(QuantizationConfig):
         Raises:
             ValueError: the model is one of vLLM's that makes a layer past this config.
         """
-        left = [name for name in self.forms if name not in self._asked | self.tied]
+        left = [name for name in (*self.tables, *self.matrices) if name not in self._asked | self.tied]
         if left and get_pp_group().world_size == 1:
-            what = "an int8 table" if isinstance(self.forms[left[0]], TableForm) else "packed"
             raise ValueError(
-                f"arb_hf: {_shortened(left)} {'is' if len(left) == 1 else 'are'} {what} in the checkpoint, and vLLM's class "
+                f"arb_hf: {_shortened(left)} {'is' if len(left) == 1 else 'are'} packed in the checkpoint, and vLLM's class "
                 "of this model has no layer there that takes it: try vLLM's model_impl='transformers' "
                 f"(--model-impl transformers), or {OTHERWISE}"
             )

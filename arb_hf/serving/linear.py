@@ -55,7 +55,7 @@ class BinaryLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -84,7 +84,7 @@ class BinaryLinearMethod(LinearMethodBase):
             placeholder.weight_loader = self._loader(name, placeholder.device)  # type: ignore[attr-defined]
             layer.register_parameter(name, placeholder)
 
-    def _part_rows(self, layer: nn.Module, index: int, sizes: list[int]) -> list[Range]:
+    def _part_rows(self, layer: Any, index: int, sizes: list[int]) -> list[Range]:
         """The rows that this device has of a part. One that is the whole of a fused layer (Phi-3's) is several in one."""
         if isinstance(layer, QKVParallelLinear):
             heads, keys = layer.total_num_heads, layer.total_num_kv_heads
@@ -158,7 +158,7 @@ class BinaryLinearMethod(LinearMethodBase):
         dense.weight = nn.Parameter(piece.to(device, self.dtype, copy=True), requires_grad=False)
         return dense
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Put the pieces in the places of the placeholders.
 
         Raises:
@@ -175,7 +175,7 @@ class BinaryLinearMethod(LinearMethodBase):
             delattr(layer, name)
         layer.parts = nn.ModuleList(part.module for part in self.parts if part.module is not None)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [..., columns]`` -> ``[..., rows]`` of this device, of all parts."""
         outputs = [part(x) for part in layer.parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

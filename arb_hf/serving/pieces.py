@@ -25,7 +25,8 @@ def rank_rows(totals: Sequence[int], sizes: Sequence[int], rank: int, ranks: int
     Raises:
         ValueError: a matrix does not divide so.
     """
-    ranges, offset = [], 0
+    ranges: list[Range] = []
+    offset = 0
     for total, size in zip(totals, sizes, strict=True):
         pieces = total // size if size and total % size == 0 else 0
         if pieces == 0 or ranks % pieces:

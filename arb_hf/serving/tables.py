@@ -32,7 +32,7 @@ class Int8TableMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -57,7 +57,7 @@ class Int8TableMethod(QuantizeMethodBase):
             parameter.weight_loader = self._loader(layer, name)  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 
-    def _loader(self, layer: nn.Module, name: str) -> Callable[[nn.Parameter, Tensor], None]:
+    def _loader(self, layer: Any, name: str) -> Callable[[nn.Parameter, Tensor], None]:
         first, last = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
 
         def load(parameter: nn.Parameter, tensor: Tensor) -> None:
@@ -70,7 +70,7 @@ class Int8TableMethod(QuantizeMethodBase):
 
         return load
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Give a head the tensors of an embedding.
 
         Raises:
@@ -86,7 +86,7 @@ class Int8TableMethod(QuantizeMethodBase):
         self._tied = True
         return layer
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check that all is there.
 
         Raises:
@@ -99,11 +99,11 @@ class Int8TableMethod(QuantizeMethodBase):
         self._require_complete()
         self._received = {}
 
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Rows ``[..., width]`` of this device's ids ``[...]``."""
         return unpack_rows({"weight": layer.weight, "row_absmax": layer.row_absmax}, input_, self.dtype)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [..., width]`` -> logits ``[..., rows]`` of this device, those of the padding 0."""
         logits = int8_linear(x, layer.weight, layer.row_absmax)
         return logits if bias is None else logits + bias
