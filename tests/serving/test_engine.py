@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 import arb_hf
 from arb_hf import ArbConfig
@@ -45,6 +53,19 @@ def phi3(folder: Path) -> Path:
         torch.manual_seed(0)
         config = Phi3Config(**sizes, **heads, bos_token_id=0, eos_token_id=0, pad_token_id=0)
         Phi3ForCausalLM(config).eval().save_pretrained(folder)
+    return folder
+
+
+def gpt2(folder: Path) -> Path:
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_head=2, n_layer=1, n_positions=256, eos_token_id=0)
+    GPT2LMHeadModel(config).eval().save_pretrained(folder)
+    return folder
+
+
+def mixtral(folder: Path) -> Path:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "max_position_embeddings": 256}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval().save_pretrained(folder)
     return folder
 
 
@@ -197,6 +218,15 @@ def test_a_damaged_checkpoint_is_refused(models, tmp_path, name):
 )
 def test_what_would_treat_packed_weights_as_dense_is_refused(models, options, message):
     with pytest.raises(ValueError, match=message), engine(models[MODELS[0]], **options):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(gpt2, "vLLM transposes this model's weights"), (mixtral, "all experts of a layer")]
+)
+def test_what_vllm_computes_otherwise_is_refused(tmp_path, make, message):
+    packed = pack(make(tmp_path / "dense"), tmp_path / "packed")
+    with pytest.raises(ValueError, match=message), engine(packed):
         pass
 
 
