@@ -64,10 +64,12 @@ vllm: $(VENV)-vllm/installed
 	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest -q -rs --durations=0 tests/serving
 
 # The CPU build brings torchvision and others built for CUDA, with which it cannot be imported; text needs none of them.
+# What an earlier installation left in this folder would hide the plugin's entry point from tests that run from here.
 $(VENV)-vllm/installed: pyproject.toml setup.cfg $(wildcard arb_hf/csrc/*)
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM)
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -rf arb_hf.egg-info
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . 'gguf>=0.10' sentencepiece pytest
 	touch $@
 
