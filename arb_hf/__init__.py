@@ -8,6 +8,7 @@ Where things are, from the roof to the ground; a room imports from rooms below i
 ``cli``                             ``arb-hf``: ``parser`` answers at once, ``commands`` does the work
 ``lora``, ``scales``                training: adapters on a packed model, or its own scales at the same bits
 ``planning``                        what a run would give, before it
+``serving``                         the plugin for vLLM
 ``hub``                             loading with checks, publishing, the model card
 ``quantizer``                       transformers' hooks; thin
 ``export``, ``evaluate``, ``bits``  other formats; perplexity and accuracy; true bits of a model

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from .errors import ArbFormatError
 from .format import WORD
-from .format.form import SCALES
+from .format.form import SCALES, BinaryForm
 from .format.headers import INDEX, SINGLE, current_weights, read_json, require_inside, shard_names
 from .format.packing import unpack_mask
+from .format.table import TableForm
 from .nn import BinaryLinear, binary_modules, int8_tables
 from .nn.experts import find_stacks
 from .nn.int8 import Int8Table
@@ -240,31 +241,54 @@ def _optional_names(model: PreTrainedModel, new_head: bool) -> Any:
 
 
 def check_values(model: nn.Module, entries: Entries) -> None:
-    """Check what loaded tensors hold: as many salient columns as counted, finite scales, no stray padding bits.
+    """Check what loaded tensors hold, as :func:`check_tensors` does, in every packed module.
 
     Raises:
         ArbFormatError: naming file, tensor and reason.
     """
     modules: dict[str, BinaryLinear | Int8Table] = {**binary_modules(model), **int8_tables(model)}
     for name, module in modules.items():
-        if any(tensor.device.type == "meta" for tensor in module.packed.values()):
+        tensors, bias = module.packed, getattr(module, "bias", None)
+        if any(tensor.device.type == "meta" for tensor in tensors.values()):
             continue  # on disk, behind an accelerate hook
-        wrong = next(_wrong_values(module) if isinstance(module, BinaryLinear) else _wrong_numbers(module), None)
-        if wrong is not None:
-            key = f"{name}.{wrong[0]}"
-            file = f"{entries[key].file}: " if key in entries else ""
-            raise ArbFormatError(f"{file}{key} {wrong[1]}")
+        check_tensors(name, module.form, tensors if bias is None else tensors | {"bias": bias}, entries)
 
 
-def _wrong_numbers(module: BinaryLinear | Int8Table) -> Iterator[tuple[str, str]]:
-    """What is wrong with the types, shapes, codes and scales of a module's tensors: the part and the reason."""
-    packed = module.packed
-    for part, (shape, dtype) in module.form.tensors().items():
-        if tuple(packed[part].shape) != shape or packed[part].dtype != dtype:
-            yield part, f"became {packed[part].dtype} {list(packed[part].shape)}, expected {dtype} {list(shape)}"
-    codes = ("weight",) if isinstance(module, Int8Table) else ()
+def check_tensors(
+    name: str, form: BinaryForm | TableForm, tensors: Mapping[str, Tensor], entries: Entries | None = None
+) -> None:
+    """Check what the tensors of one module hold: types and shapes, as many salient columns as counted, finite scales, legal
+    codes, no stray padding bits.
+
+    Args:
+        name: name of the module.
+        tensors: the packed tensors by their names in the format, all of them, and the bias if there is one.
+        entries: the files' tensors, for the name of the file in an error.
+
+    Raises:
+        ArbFormatError: naming tensor and reason.
+    """
+    wrong = next(_wrong_values(form, tensors), None)
+    if wrong is not None:
+        key = f"{name}.{wrong[0]}"
+        file = f"{entries[key].file}: " if entries and key in entries else ""
+        raise ArbFormatError(f"{file}{key} {wrong[1]}")
+
+
+def _wrong_values(form: BinaryForm | TableForm, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Everything that is wrong with a module's tensors: the part and the reason."""
+    for part, (shape, dtype) in form.tensors().items():
+        if tuple(tensors[part].shape) != shape or tensors[part].dtype != dtype:
+            yield part, f"became {tensors[part].dtype} {list(tensors[part].shape)}, expected {dtype} {list(shape)}"
+    yield from _wrong_numbers(("weight",) if isinstance(form, TableForm) else (), tensors)
+    if isinstance(form, BinaryForm):
+        yield from _wrong_bits(form, tensors)
+
+
+def _wrong_numbers(codes: tuple[str, ...], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """What is wrong with ``codes``, scales and the bias."""
     for part in (*codes, *SCALES, "row_absmax", "bias"):
-        numbers = getattr(module, part, None)
+        numbers = tensors.get(part)
         if numbers is None:
             continue
         if numbers.is_floating_point() and not torch.isfinite(numbers).all():
@@ -277,11 +301,9 @@ def _wrong_numbers(module: BinaryLinear | Int8Table) -> Iterator[tuple[str, str]
             yield part, "holds negative values; they are magnitudes"
 
 
-def _wrong_values(module: BinaryLinear) -> Iterator[tuple[str, str]]:
-    """Everything that is wrong with a layer's tensors: the part and the reason."""
-    form, packed = module.form, module.packed
-    yield from _wrong_numbers(module)
-    mask = unpack_mask(packed["salient_columns"], packed["salient_columns"].numel() * 8)
+def _wrong_bits(form: BinaryForm, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """What is wrong with bitmap and planes."""
+    mask = unpack_mask(tensors["salient_columns"], tensors["salient_columns"].numel() * 8)
     if int(mask.sum()) != form.salient_columns or bool(mask[form.in_features :].any()):
         yield (
             "salient_columns",
@@ -290,7 +312,7 @@ def _wrong_values(module: BinaryLinear) -> Iterator[tuple[str, str]]:
     second = form.in_features if form.groups == 2 else form.salient_columns
     columns = {"weight": form.in_features, "second_plane": second, "salient_groups": form.salient_columns}
     for part, count in columns.items():
-        if part in packed and _stray_bits(packed[part], count):
+        if part in tensors and _stray_bits(tensors[part], count):
             yield part, f"has bits set past its {count} columns"
 
 

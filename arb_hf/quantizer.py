@@ -242,7 +242,9 @@ def _check_saved(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> No
 
 
 def _refuse_split(model: PreTrainedModel, plan: Any) -> None:
-    """Packed tensors cannot be divided among processes.
+    """Refuse to divide packed tensors among processes: transformers shards each parameter by itself, along one dimension.
+
+    A piece of a packed matrix has other tensors: where salient columns are numbered or blocks are cut, bits change places.
 
     Raises:
         ValueError: ``plan``, what transformers knows of such a division, is something.
@@ -251,7 +253,7 @@ def _refuse_split(model: PreTrainedModel, plan: Any) -> None:
         raise ValueError(
             f"arb_hf does not support tensor parallelism (tp_plan=, distributed_config=): the packed layers of "
             f"{type(model).__name__} cannot be split over processes. Load it with device_map='auto', which lays whole "
-            "layers on the devices of one process"
+            "layers on the devices of one process, or serve it with vLLM, which divides packed layers"
         )
 
 

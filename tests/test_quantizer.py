@@ -327,6 +327,7 @@ for source, options in (({str(folder)!r}, {{}}), ({str(tiny_model)!r}, {{"quanti
         AutoModelForCausalLM.from_pretrained(source, tp_plan="auto", **options)
     except ValueError as error:
         assert "does not support tensor parallelism" in str(error) and "device_map='auto'" in str(error), error
+        assert "serve it with vLLM" in str(error), error
         print("refused")
 """,
         RANK="0",

@@ -6,7 +6,7 @@ Bits and scales are moved, never decoded, so that a piece stands for exactly the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,6 +31,18 @@ def cut_rows(
     _require_inside("rows", start, stop, form.out_features)
     cut = {name: tensor[..., start:stop].contiguous() if name in BY_ROW else tensor for name, tensor in tensors.items()}
     return cut, replace(form, out_features=stop - start)
+
+
+def join_rows(
+    pieces: Sequence[tuple[Mapping[str, Tensor], BinaryForm]],
+) -> tuple[dict[str, Tensor], BinaryForm]:
+    """Packed tensors and form of pieces of one matrix on top of each other, as :func:`cut_rows` cut them."""
+    first, form = pieces[0]
+    joined = {
+        name: torch.cat([tensors[name] for tensors, _ in pieces], -1) if name in BY_ROW else tensor
+        for name, tensor in first.items()
+    }
+    return joined, replace(form, out_features=sum(each.out_features for _, each in pieces))
 
 
 def cut_columns(

@@ -70,6 +70,13 @@ def unpack_table(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float
     return dense
 
 
+def unpack_rows(tensors: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense rows ``[..., width]`` of ``ids [...]``: each value computed in float32, then rounded to ``dtype``."""
+    codes = torch.nn.functional.embedding(ids, tensors["weight"])
+    units = row_scales(tensors["row_absmax"][ids])
+    return (codes.to(units.dtype) * units[..., None]).to(dtype)
+
+
 def table_error(weight: Tensor, tensors: Mapping[str, Tensor]) -> float:
     """The relative error of a stored table, ``|stored - weight| / |weight|``; NaN or infinite where it holds no numbers."""
     codes, units = tensors["weight"], row_scales(tensors["row_absmax"])

@@ -12,15 +12,16 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..auto import auto_class, needs_trust
-from ..checks import check_counts, read_entries
+from ..checks import check_counts, check_surplus, read_entries
 from ..config import QUANT_METHOD, ArbConfig
 from ..errors import ArbFormatError
 from ..format.headers import INDEX, REPORT_FILE, SINGLE, current_weights, read_json, shard_names
 from ..names import is_hub_id
+from ..quantizer import ArbHfQuantizer
 from ..report import ArbReport
 
 BARE_NAME = re.compile(r"[\w-][\w.-]*")  # of the oldest models on the Hub, which have no owner
@@ -95,6 +96,33 @@ def from_pretrained(model_id: str | os.PathLike, **kwargs: Any) -> Any:
     return (model, info) if with_info else model
 
 
+def checked_skeleton(model_id: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """The model of a packed folder on the meta device, for others to load: its form, after all checks but those of values.
+
+    Of a model on the Hub, whose files whoever loads it fetches, only the config is read.
+
+    Args:
+        kwargs: ``revision``, ``token`` and others that say where files are.
+
+    Raises:
+        ArbFormatError, OSError, ValueError: as :func:`from_pretrained`.
+    """
+    require_there(model_id)
+    config = _read_config(model_id, trust_remote_code=trust_remote_code, **kwargs)
+    quantizer = ArbHfQuantizer(_check_config(config, model_id), pre_quantized=True)
+    files = _weight_files(model_id, **kwargs) if os.path.isdir(model_id) else None
+    entries = None if files is None else read_entries(files, model_id)
+    if entries is not None:
+        check_counts(config.to_dict(), entries)
+    auto = getattr(transformers, auto_class(config.to_dict()))
+    model = _check_architecture(model_id, auto, config, trust_remote_code=trust_remote_code)
+    model.name_or_path = os.fspath(model_id)
+    quantizer.preprocess_model(model, checkpoint_files=files)
+    if entries is not None:
+        check_surplus(model, entries)
+    return model
+
+
 def require_there(model_id: str | os.PathLike) -> None:
     """Refuse a name that can only be a folder's and is none: the Hub's answer to it would mislead.
 
@@ -137,8 +165,8 @@ def require_trust(model_id: str | os.PathLike, config: dict[str, Any], trusted: 
         )
 
 
-def _check_config(config: PreTrainedConfig, model_id: str | os.PathLike) -> None:
-    """The config is of a packed model, and sends its reader nowhere else."""
+def _check_config(config: PreTrainedConfig, model_id: str | os.PathLike) -> ArbConfig:
+    """What the config says of a packed model; it is of one, and sends its reader nowhere else."""
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, ArbConfig):  # of a model in memory
         quantization = quantization.to_dict()
@@ -146,9 +174,10 @@ def _check_config(config: PreTrainedConfig, model_id: str | os.PathLike) -> None
     method = quantization.get("quant_method")
     if method != QUANT_METHOD:
         raise ArbFormatError(f"{model_id} is not a model packed by arb_hf: its config.json has quant_method {method!r}")
-    ArbConfig.from_dict(quantization)
+    packed = ArbConfig.from_dict(quantization)
     if getattr(config, "transformers_weights", None) is not None:
         raise ArbFormatError(f"{model_id}: config.json names weights of its own, {config.transformers_weights!r}")
+    return packed
 
 
 def _weight_files(model_id: str | os.PathLike, variant: str | None = None, **kwargs: Any) -> list[str]:
@@ -177,11 +206,13 @@ def _is_newer_than_single(files: list[str], model_id: str | os.PathLike) -> bool
     return os.path.isdir(model_id) and SINGLE not in map(os.path.basename, files) and SINGLE in os.listdir(folder)
 
 
-def _check_architecture(model_id: str | os.PathLike, auto: Any, config: PreTrainedConfig, **kwargs: Any) -> None:
-    """A model can be made of the config, without memory for its weights."""
+def _check_architecture(
+    model_id: str | os.PathLike, auto: Any, config: PreTrainedConfig, **kwargs: Any
+) -> PreTrainedModel:
+    """The model that can be made of the config, without memory for its weights."""
     try:
         with torch.device("meta"):
-            auto.from_config(copy.deepcopy(config), **kwargs)
+            return auto.from_config(copy.deepcopy(config), **kwargs)
     except Exception as error:  # anything, from the class that the config names
         raise ArbFormatError(f"{model_id}: no model can be made of config.json ({_first_line(error)})") from error
 

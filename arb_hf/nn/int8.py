@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..format.table import TableForm, pack_table, row_scales, unpack_table
+from ..format.table import TableForm, pack_table, unpack_rows, unpack_table
 from ..kernels import int8_linear
 from .linear import frozen
 
@@ -112,10 +112,7 @@ class Int8Embedding(Int8Table):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Rows ``[..., embedding_dim]`` of the ids ``[...]``."""
-        self._take_back_casts()
-        codes = nn.functional.embedding(input_ids, self.weight)
-        units = row_scales(self.row_absmax[input_ids])
-        rows = (codes.to(units.dtype) * units[..., None]).to(self.compute.dtype)
+        rows = unpack_rows(self.packed, input_ids, self.compute.dtype)
         return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=rows.dtype, device=rows.device)
 
     def named_parameters(

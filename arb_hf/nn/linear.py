@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,11 +54,14 @@ class BinaryLinear(nn.Module):
     @classmethod
     def from_binary_weight(cls, binary_weight: BinaryWeight, bias: Tensor | None = None) -> BinaryLinear:
         """Pack a binary weight (scales are rounded to its ``scale_dtype``) and wrap it."""
-        layer = cls(binary_weight.form, bias is not None, device="meta", dtype=None if bias is None else bias.dtype)
-        packed = pack(binary_weight)
-        if bias is not None:
-            packed["bias"] = bias.detach().clone()
-        layer.load_state_dict(packed, strict=True, assign=True)
+        return cls.from_packed(pack(binary_weight), binary_weight.form, None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_packed(cls, tensors: Mapping[str, Tensor], form: BinaryForm, bias: Tensor | None = None) -> BinaryLinear:
+        """Wrap packed tensors, which are neither copied nor checked."""
+        layer = cls(form, bias is not None, device="meta", dtype=None if bias is None else bias.dtype)
+        stored = dict(tensors) if bias is None else {**tensors, "bias": bias}
+        layer.load_state_dict(stored, strict=True, assign=True)
         return layer.requires_grad_(False)
 
     @property
