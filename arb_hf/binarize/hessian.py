@@ -16,7 +16,7 @@ from ..errors import ArbCalibrationError
 DAMPING_LADDER = (1.0, 10.0, 100.0)  # multiples of the asked damping, tried in turn
 NOT_FINITE = "the Hessian is not finite: calibration inputs hold NaN or infinite values"
 SMALLEST_RETRY = 0.01  # a damping of 0 starts the ladder here
-AIM = 0.35  # share of the way to what makes up for drifted inputs
+AIM = 0.25  # share of the way to what makes up for drifted inputs
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def aim(weight: Tensor, drift: Tensor, factor: HessianFactor) -> Tensor:
     Binarized layers before it give X where the original model gives Y. Least squares of ``|Y W^T - X A^T|^2`` in A is
     ``W + W (Y - X)^T X H^-1`` (QEP, arXiv 2504.09629, section 4); H is damped as for everything else here.
 
-    About a third of that way is taken: all of it makes every layer quieter the noisier its inputs are, and that adds up.
+    A quarter of that way is taken: all of it makes every layer quieter the noisier its inputs are, and that adds up.
 
     Args:
         drift: ``X^T (Y - X)``, in the units of H.
