@@ -80,7 +80,10 @@ class BinaryLinearMethod(LinearMethodBase):
         form = next(part.form for part in self.parts if part.form is not None)
         types = {name: dtype for name, (_, dtype) in form.tensors().items()}
         for name in TENSORS:  # vLLM warns of each tensor whose type is not that of its parameter
-            placeholder = nn.Parameter(torch.empty(0, dtype=types.get(name, torch.int32)), requires_grad=False)
+            placeholder = nn.Parameter(
+                torch.empty(0, dtype=types.get(name, torch.int32), device=torch.get_default_device()),
+                requires_grad=False,
+            )
             placeholder.weight_loader = self._loader(name, placeholder.device)  # type: ignore[attr-defined]
             layer.register_parameter(name, placeholder)
 

@@ -53,7 +53,9 @@ class Int8TableMethod(QuantizeMethodBase):
         self.dtype = params_dtype
         rows = sum(output_partition_sizes)
         for name, (shape, dtype) in self.form.tensors().items():
-            parameter = nn.Parameter(torch.zeros((rows, *shape[1:]), dtype=dtype), requires_grad=False)
+            parameter = nn.Parameter(
+                torch.zeros((rows, *shape[1:]), dtype=dtype, device=torch.get_default_device()), requires_grad=False
+            )
             parameter.weight_loader = self._loader(layer, name)  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 

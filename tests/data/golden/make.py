@@ -89,6 +89,7 @@ def cases() -> dict[str, Case]:
         tables | {"overrides": {"*.embed_tokens": None}},
     )
     found["bits"] = ("llama", {"num_hidden_layers": 2}, tables | {"bits": 6.0})
+    found["distilled"] = ("llama", {"num_hidden_layers": 1}, tables | {"distill_steps": 2})
     found["int8-none"] = ("llama", {}, {"embedding_dtype": "model"})
     return found
 
