@@ -97,7 +97,7 @@ def assert_greedy(packed: Path, prompt: list[int], answer: list[int]) -> None:
 def test_a_completion(ask, packed):
     body = {"model": "packed", "prompt": "The history of the lighthouse begins in", "max_tokens": 16, "temperature": 0}
     choice = ask("/v1/completions", body | {"return_token_ids": True})["choices"][0]
-    assert choice["text"].strip()
+    assert len(choice["token_ids"]) == 16
     assert_greedy(packed, choice["prompt_token_ids"], choice["token_ids"])
 
 
@@ -105,5 +105,6 @@ def test_a_chat(ask, packed):
     messages = [{"role": "user", "content": "What is a lighthouse for?"}]
     body = {"model": "packed", "messages": messages, "max_tokens": 16, "temperature": 0, "return_token_ids": True}
     answer = ask("/v1/chat/completions", body)
-    assert answer["choices"][0]["message"]["content"].strip()
-    assert_greedy(packed, answer["prompt_token_ids"], answer["choices"][0]["token_ids"])
+    choice = answer["choices"][0]
+    assert choice["message"]["role"] == "assistant" and choice["token_ids"]  # a model of this size may say little
+    assert_greedy(packed, answer["prompt_token_ids"], choice["token_ids"])
