@@ -146,6 +146,17 @@ def trainable_norms(layer: nn.Module, elsewhere: Collection[int]) -> dict[str, N
     return found
 
 
+def shared_parameters(layers: nn.ModuleList) -> set[int]:
+    """Ids of the parameters that are in several decoder layers."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for layer in layers:
+        own = {id(each) for each in layer.parameters()}
+        shared |= own & seen
+        seen |= own
+    return shared
+
+
 def replace_parameter(layer: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by a new one: the old one's memory may be the checkpoint's."""
     path, _, key = name.rpartition(".")

@@ -29,7 +29,17 @@ from ..nn import BinaryLinear, binary_modules
 from ..report import DistillRecord
 from .batches import Batch
 from .capture import CapturedBatch, capture, predict, run_layer
-from .descent import Descent, Leaves, NormSteps, is_check, parted, replace_parameter, step_batches, trainable_norms
+from .descent import (
+    Descent,
+    Leaves,
+    NormSteps,
+    is_check,
+    parted,
+    replace_parameter,
+    shared_parameters,
+    step_batches,
+    trainable_norms,
+)
 from .hessians import has_experts
 from .offload import on_device
 from .state import Run
@@ -131,7 +141,7 @@ class _Student:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        elsewhere = _shared_parameters(run.layers)
+        elsewhere = shared_parameters(run.layers)
         self._layers = {}
         for index in sorted(run.captured[0].arguments):
             modules = binary_modules(run.layers[index])
@@ -189,7 +199,8 @@ class _Student:
     @torch.no_grad()
     def _forward(self, index: int, captured: Sequence[CapturedBatch], stored: bool) -> None:
         """Pass the batches on through a layer; ``stored``: with the scales as they would be stored."""
-        with self._layer_at_work(index) as layer:
+        layer = self._run.layers[index]
+        with on_device(layer, self._run.device):
             given = self._given(index, stored)
             for batch in captured:
                 batch.hidden = self._run_layer(layer, index, batch, batch.hidden, given).to("cpu")
@@ -203,8 +214,8 @@ class _Student:
         tokens: int,
     ) -> list[Tensor]:
         """Gradients with respect to a layer's inputs from those of its outputs; those of its scales and norms on the way."""
-        before = []
-        with self._layer_at_work(index) as layer, torch.enable_grad():
+        layer, before = self._run.layers[index], []
+        with on_device(layer, self._run.device), torch.enable_grad():
             leaves = Leaves(self._given(index, stored=False))
             for batch, start, gradient in zip(captured, inputs, gradients, strict=True):
                 hidden = start.to(self._run.device).requires_grad_()
@@ -214,12 +225,6 @@ class _Student:
                 before.append(found.to("cpu"))
             leaves.backward(1 / tokens)
         return before
-
-    @contextlib.contextmanager
-    def _layer_at_work(self, index: int) -> Iterator[nn.Module]:
-        layer = self._run.layers[index]
-        with on_device(layer, self._run.device):
-            yield layer
 
     def _given(self, index: int, stored: bool) -> dict[str, Tensor]:
         """Dense weights and norms of a layer, by the names of its modules' parameters."""
@@ -274,17 +279,6 @@ def _divergence(run: Run, batch: CapturedBatch, gradients: bool) -> tuple[float,
         total += loss.item()
         count += int(kept.sum())
     return total, count, gradient
-
-
-def _shared_parameters(layers: nn.ModuleList) -> set[int]:
-    """Ids of the parameters that are in several decoder layers."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for layer in layers:
-        own = {id(each) for each in layer.parameters()}
-        shared |= own & seen
-        seen |= own
-    return shared
 
 
 def _linear(module: BinaryLinear, weight: Tensor, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..names import kind_of
 from ..nn import BinaryLinear
 from ..report import MatrixRecord, TuneRecord
 from .capture import run_layer
+from .descent import shared_parameters
 from .matrices import binarize_matrices, follow, require_finite
 from .offload import on_device
 from .processes import Results
@@ -111,7 +112,7 @@ def _tune(run: Run, index: int, results: Results) -> list[TuneRecord]:
             steps=config.tune_steps,
             seed=config.seed + index,
             processes=run.processes,
-            elsewhere={id(each) for other in run.layers if other is not layer for each in other.parameters()},
+            elsewhere=shared_parameters(run.layers),
             fixed={name: results[name].weight.rounded().dequantize() for name in results if name not in starts},
         )
         if record.after < record.before:
